@@ -1,0 +1,165 @@
+"""The three calls of a user's own training loop: attach gates, land, remove.
+
+The analysis reads the structure off one run of the model and then tries it: it removes a random half of all units
+and compares. What does not hold is fixed with the reason, so that a group that is offered can be removed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nas_gate import landing
+from nas_gate.gates import Gate
+from nas_gate.gating import GatedModel, refuse_optimizers_of
+from nas_gate.removal import SIZED, RemovalError, Removed, check, compare, cut_of, remove_units
+from nas_gate.structure import RULES, Findings, Group, Structure, default, solve, trace
+from nas_gate.structure.trace import Rule
+from nas_gate.structure.units import Ints
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def arguments(example_inputs: Inputs, keywords: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(positional, keyword) arguments from a tensor, a sequence of positional or a mapping of keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return (), {**example_inputs, **(keywords or {})}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), dict(keywords or {})
+    return (example_inputs,), dict(keywords or {})
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: Inputs,
+    keywords: Mapping[str, Any] | None = None,
+    rules: Mapping[Any, Rule] = RULES,
+) -> Structure:
+    """The structure of a model: its removable units, what they cost, and why the rest is fixed.
+
+    `example_inputs` are what the model is called with: a tensor, a sequence of positional arguments, or a mapping
+    of keyword arguments (`keywords` adds some to positional ones). MACs are those of one pass over them, so a batch
+    of one gives MACs per example. The model is left as it was.
+    """
+    args, kwargs = arguments(example_inputs, keywords)
+    findings = trace(model, args, kwargs, rules, default, SIZED)
+    refused: list[tuple[Ints, str]] = []
+    while True:
+        structure = solve(findings, refused)
+        if not structure.groups:
+            return structure
+        try:
+            _attempt(model, structure, structure.groups, args, kwargs, findings)
+            return structure
+        except RemovalError as error:
+            blamed = _under(structure, error.path)
+            if blamed and len(blamed) < len(structure.groups):
+                culprits = [(group, str(error)) for group in blamed]
+            else:
+                culprits = _bisect(model, structure, structure.groups, args, kwargs, findings)
+            refused += [(structure.labels[g.start : g.stop], reason) for g, reason in culprits]
+
+
+def _attempt(
+    model: nn.Module,
+    structure: Structure,
+    groups: Sequence[Group],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    findings: Findings,
+) -> None:
+    """Remove a random half of the units of some groups, and raise RemovalError where the result is wrong."""
+    generator = np.random.default_rng(0)
+    keep = torch.ones(structure.units, dtype=torch.bool)
+    for group in groups:
+        closed = generator.permutation(group.size)[: max(1, group.size // 2)]
+        keep[group.start + closed] = False
+    trial = compare(model, structure, cut_of(structure, keep), keep, args, kwargs, findings.training)
+    check(structure, keep, trial)
+
+
+def _under(structure: Structure, path: str | None) -> list[Group]:
+    """The groups with slots in the module at `path`, or in the nearest module around it that has any."""
+    while path:
+        found = [g for g in structure.groups if any(m.tensor.startswith(f"{path}.") for m in g.members)]
+        if found:
+            return found
+        path = path.rpartition(".")[0]
+    return []
+
+
+def _bisect(
+    model: nn.Module,
+    structure: Structure,
+    groups: Sequence[Group],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    findings: Findings,
+) -> list[tuple[Group, str]]:
+    """The groups that make the trial fail, each with the reason; all of them where only they together do."""
+    try:
+        _attempt(model, structure, groups, args, kwargs, findings)
+        return []
+    except RemovalError as error:
+        if len(groups) == 1:
+            return [(groups[0], str(error))]
+        half = len(groups) // 2
+        parts = [
+            culprit
+            for part in (groups[:half], groups[half:])
+            for culprit in _bisect(model, structure, part, args, kwargs, findings)
+        ]
+        return parts or [(g, str(error)) for g in groups]
+
+
+def attach(
+    model: nn.Module,
+    example_inputs: Inputs,
+    keywords: Mapping[str, Any] | None = None,
+    gate: Gate | None = None,
+    rules: Mapping[Any, Rule] = RULES,
+) -> GatedModel:
+    """A copy of the model with a gate on every removable unit; with all gates open it is the same function.
+
+    `gate` is the gate function (default: the trainable gate with constant gradient), the other arguments are those
+    of `analyze`. Build the optimiser afterwards, from `gated.parameters()`. Raises ValueError where the model rejects
+    its inputs or has no removable unit.
+    """
+    structure = analyze(model, example_inputs, keywords, rules)
+    gated = GatedModel(copy.deepcopy(model), structure, gate, arguments(example_inputs, keywords))
+    gated.train(model.training)
+    refuse_optimizers_of(model)
+    return gated
+
+
+def land(
+    gated: GatedModel,
+    target: float,
+    metric: str = "macs",
+    round_to: int = 1,
+    minimum: int | Mapping[str, int] = 1,
+) -> Tensor:
+    """The boolean keep, shape (units,), that the learned gates land on for a target: see `landing.choose`."""
+    return landing.choose(gated.structure, gated.gates.weight, target, metric, round_to, minimum)
+
+
+def remove_with_proof(gated: GatedModel, keep: Tensor) -> Removed:
+    """Remove the units that a boolean keep leaves out; the record holds model, cost and the proof's error."""
+    args, kwargs = gated.example_inputs
+    return remove_units(gated.model, gated.structure, keep, args, kwargs)
+
+
+def remove(
+    gated: GatedModel,
+    target: float,
+    metric: str = "macs",
+    round_to: int = 1,
+    minimum: int | Mapping[str, int] = 1,
+) -> nn.Module:
+    """Land on a target and remove: a plain module of the user's own class, proven equal to the gated one."""
+    return remove_with_proof(gated, land(gated, target, metric, round_to, minimum)).model

@@ -1,0 +1,181 @@
+"""Candidates on disk: a folder with `candidate.json` and `weights.safetensors`; no pickle, nothing imported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nas_gate.removal import Cut, cut_model
+
+FORMAT, VERSION = "nas-gate candidate", 1
+RECORD, WEIGHTS = "candidate.json", "weights.safetensors"
+
+
+class CandidateError(ValueError):
+    """A candidate folder that cannot be trusted or used, with the reason."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The record of one finished architecture.
+
+    `model` is {"name": registered name, "arguments": {...}}; `cut` what is kept of it; `figures` what was measured
+    (accuracy, macs, params, ...); `provenance` what made it (seed, configuration, versions).
+    """
+
+    model: Mapping[str, Any]
+    cut: Cut
+    figures: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+
+def save(
+    folder: str | os.PathLike[str],
+    network: nn.Module,
+    cut: Cut,
+    model: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> Path:
+    """Write a candidate: `network` is the removed model, the rest the fields of `Candidate` (JSON-ready values).
+
+    The folder appears whole or not at all; one that exists is replaced. Raises CandidateError for values that JSON
+    or safetensors cannot hold.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    state = network.state_dict()
+    strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise CandidateError(f"a candidate's state must be tensors only, but {strange[0]!r} is not one")
+    canonical: dict[tuple[int, tuple[int, ...], int], str] = {}
+    aliases = {}
+    for name, tensor in state.items():
+        first = canonical.setdefault((tensor.data_ptr(), tuple(tensor.shape), id(tensor.dtype)), name)
+        if first != name and tensor.numel():
+            aliases[name] = first
+    weights = {n: t.detach().cpu().contiguous().clone() for n, t in state.items() if n not in aliases}
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file(weights, temporary / WEIGHTS)
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": dict(model),
+            "cut": {
+                "slots": {n: {str(d): list(i) for d, i in dims.items()} for n, dims in cut.slots.items()},
+                "widths": dict(cut.widths),
+            },
+            "figures": dict(figures),
+            "provenance": dict(provenance),
+            "aliases": aliases,
+            "weights_sha256": _digest((temporary / WEIGHTS).read_bytes()),
+        }
+        try:
+            record["record_sha256"] = _digest(_canonical(record))
+            text = json.dumps(record, indent=1, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise CandidateError(f"a candidate's record must be plain JSON values: {error}") from error
+        (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
+        for path in (temporary / WEIGHTS, temporary / RECORD):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        temporary.chmod(0o755)
+        _replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        folder.rename(old / "old")
+        temporary.rename(folder)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(folder)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _canonical(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
+
+
+def read(folder: str | os.PathLike[str]) -> Candidate:
+    """The record of a candidate folder. Raises CandidateError where it is missing, damaged, altered or foreign."""
+    return _read(Path(folder))[0]
+
+
+def _read(folder: Path) -> tuple[Candidate, Mapping[str, str]]:
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CandidateError(f"{folder} is no candidate: {RECORD} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CandidateError(f"{path} is damaged: it is not JSON ({error})") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise CandidateError(f"{path} is not of nas-gate: its format must be {FORMAT!r}")
+    if record.get("version") != VERSION:
+        raise CandidateError(f"{path} has version {record.get('version')!r}, but this code reads version {VERSION}")
+    claimed = record.pop("record_sha256", None)
+    if claimed != _digest(_canonical(record)):
+        raise CandidateError(f"{path} was altered: its checksum does not match its content")
+    weights = folder / WEIGHTS
+    try:
+        actual = _digest(weights.read_bytes())
+    except OSError as error:
+        raise CandidateError(f"{weights} cannot be read ({error.strerror})") from error
+    if actual != record["weights_sha256"]:
+        raise CandidateError(f"{weights} is truncated or altered: its checksum does not match {RECORD}")
+    slots = {n: {int(d): tuple(i) for d, i in dims.items()} for n, dims in record["cut"]["slots"].items()}
+    cut = Cut(slots, record["cut"]["widths"])
+    return Candidate(record["model"], cut, record["figures"], record["provenance"]), record["aliases"]
+
+
+def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The network of a candidate folder, in evaluation mode, on the CPU.
+
+    The dense model comes from the registry by the name in the record, or from `factory` (called without arguments)
+    for a model of your own: nothing that the file names is imported. It is cut, then the weights are loaded. Raises
+    CandidateError for a folder that is missing, damaged, altered, or does not fit the model.
+    """
+    folder = Path(folder)
+    candidate, aliases = _read(folder)
+    dense = _registered(folder, candidate.model) if factory is None else factory()
+    state = load_file(folder / WEIGHTS)
+    state.update({alias: state[first] for alias, first in aliases.items()})
+    try:
+        network = cut_model(dense, candidate.cut)
+        network.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        raise CandidateError(f"{folder} does not fit the model {type(dense).__name__}: {error}") from error
+    return network.eval()
+
+
+def _registered(folder: Path, model: Mapping[str, Any]) -> nn.Module:
+    from nas_gate import models  # torchvision is needed only here
+
+    name, arguments = model.get("name"), model.get("arguments", {})
+    if name not in models.names():
+        raise CandidateError(
+            f"{folder} is of the model {name!r}, which is not registered: pass the function that makes the dense "
+            "model, nas_gate.load(folder, factory=...); names in the file are never imported"
+        )
+    return models.build(name, **models.without_weights(name, arguments))

@@ -1,0 +1,297 @@
+"""The command line: `nas-gate search` and `nas-gate inspect`. Configuration ends here: below are plain values."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from nas_gate.search import Settings
+
+HELP = """\
+nas-gate: neural architecture search with trainable gates
+
+  nas-gate search  [key=value ...]        train, decide, cut, fine-tune, save: one candidate
+  nas-gate inspect [key=value ...]        what can be removed from a model, and why the rest cannot
+
+Begin with
+  nas-gate search                         digits, half of the MACs, about a minute on two cores
+  nas-gate search experiment=debug        every stage in seconds
+  nas-gate inspect model=torchvision model.name=resnet18 --input 3x224x224
+
+`nas-gate search --help` and `nas-gate inspect --help` list models, data sets and every option.
+`nas-gate --version` prints the version.
+"""
+
+INSPECT_HELP = """\
+What gates can remove from a model: its groups of units with their sizes, the share of its multiply-accumulates
+that they reach, and for everything else the reason why it is fixed. Nothing is trained.
+"""
+
+INSPECT_EXAMPLES = """\
+examples:
+  nas-gate inspect                                       the default model on the default data
+  nas-gate inspect model=resnet56 --input 3x32x32        no data needed: the input's size is given
+  nas-gate inspect model=torchvision model.name=densenet121 --input 3x224x224 --json
+  nas-gate inspect model=custom model.name=my_package.nets:small --input 3x64x64
+"""
+
+PLACES = ("root", "download", "workers")
+"""Keys of `data` that say where and how it is read, not what it is."""
+
+T = TypeVar("T")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (by default this process's) and return its exit code.
+
+    0 done; 1 training diverged; 2 a mistake in what was asked, told in one message; 130 interrupted. What is
+    a defect of this package itself is raised, with its traceback.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if given[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"nas-gate {version('nas-gate')}")
+        return 0
+    if given[0] not in COMMANDS:
+        return _mistake(f"There is no command {given[0]!r}; commands: {', '.join(COMMANDS)}. See nas-gate --help.")
+    with _told() as code:
+        COMMANDS[given[0]](given[1:])
+    return code[0]
+
+
+def _mistake(message: str) -> int:
+    print(f"nas-gate: {message}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def _told() -> Iterator[list[int]]:
+    """Turn errors that the user can mend into one message and an exit code."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from nas_gate.search import Refused
+    from nas_gate.training import Diverged
+
+    code = [0]
+    try:
+        yield code
+    except (Refused, HydraException, OmegaConfBaseException) as error:
+        code[0] = _mistake(_whole_message(error))
+    except Diverged as error:
+        _mistake(str(error))
+        code[0] = 1
+    except KeyboardInterrupt:
+        print(
+            "\nnas-gate: interrupted. Every finished epoch is stored: the same command continues from there.",
+            file=sys.stderr,
+        )
+        code[0] = 130
+
+
+def _whole_message(error: BaseException) -> str:
+    # Hydra says where, its cause says what
+    lines = [str(error)]
+    while (cause := error.__cause__) is not None and type(cause).__module__.startswith(("hydra", "omegaconf")):
+        lines += [str(cause)] if str(cause) not in lines[-1] else []
+        error = cause
+    return "\n".join(lines).strip()
+
+
+# --- search -------------------------------------------------------------------------------------------------
+
+
+def _search(overrides: Sequence[str]) -> None:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from nas_gate.search import Refused
+    from nas_gate.training import Diverged
+
+    register_resolvers()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach `_told`, which tells mistakes from defects
+    failed: list[Exception] = []
+    command = sys.argv
+
+    def job(config: DictConfig) -> dict[str, Any] | None:
+        sys.argv = command  # what Lightning starts the other processes of a distributed run with
+        try:
+            return _run(config, Path(HydraConfig.get().runtime.output_dir))
+        except (Refused, Diverged) as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # for the sweeper, which counts failures
+            failed.append(error)
+            return None
+
+    sys.argv = ["nas-gate search", *overrides]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)()
+    finally:
+        sys.argv = command
+    if failed:
+        raise failed[0]
+
+
+def _run(config: DictConfig, run_dir: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from rich.console import Console
+
+    from nas_gate.search import search
+
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    here = Path.cwd()
+    run_dir = run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir
+    return search(settings_of(plain), run_dir, cache_dir=Path(plain["cache_dir"]), console=Console())
+
+
+def conf_dir() -> Path:
+    """The folder of the shipped configuration: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"config.yaml should lie in {package / 'conf'} or {package.parent / 'conf'}")
+
+
+def register_resolvers() -> None:
+    """Make `${nas_gate.digest:}` known to OmegaConf: eight digits that follow from all that determines a result."""
+    from omegaconf import OmegaConf
+
+    def digest(*, _root_: DictConfig) -> str:
+        chosen = {
+            key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            for key, value in ((key, _root_[key]) for key in sorted(SETTINGS))
+        }
+        chosen["data"] = {key: value for key, value in chosen["data"].items() if key not in PLACES}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+
+    OmegaConf.register_new_resolver("nas_gate.digest", digest, replace=True)
+
+
+# --- from configuration to plain values ---------------------------------------------------------------------
+
+SETTINGS = (
+    "model",
+    "data",
+    "gate",
+    "budget",
+    "training",
+    "hardware",
+    "target",
+    "metric",
+    "round_to",
+    "seed",
+    "test",
+)
+OTHERS = ("run", "run_dir", "cache_dir", "experiment")
+
+
+def settings_of(config: Mapping[str, Any]) -> Settings:
+    """The settings that a resolved configuration describes; Refused names the key that is wrong."""
+    from nas_gate.search import Distillation, Gating, Named, Refused, Settings
+    from nas_gate.training import Hardware, Recipe
+
+    if unknown := sorted(config.keys() - {*SETTINGS, *OTHERS}):
+        raise Refused(f"There is no key {unknown[0]!r}; valid keys: {', '.join((*SETTINGS, *OTHERS))}.")
+    if missing := sorted(set(SETTINGS) - config.keys()):
+        raise Refused(f"The key {missing[0]!r} is missing.")
+    training = _mapping(config["training"], "training")
+    parts = {"dense": Recipe, "cycle": Recipe, "gating": Gating, "distillation": Distillation}
+    if unknown := sorted(training.keys() ^ parts.keys()):
+        raise Refused(f"`training` must have exactly the keys {', '.join(parts)}; look at {unknown[0]!r}.")
+    data = dict(_mapping(config["data"], "data"))
+    return _made(
+        Settings,
+        {
+            **{name: _made(Named, config[name], name) for name in ("model", "gate", "budget")},
+            "data": _made(Named, {"name": data.pop("name", None), "arguments": data}, "data"),
+            **{name: _made(kind, training[name], f"training.{name}") for name, kind in parts.items()},
+            "hardware": _made(Hardware, config["hardware"], "hardware"),
+            **{name: config[name] for name in ("target", "metric", "round_to", "seed", "test")},
+        },
+        "",
+    )
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    from nas_gate.search import Refused
+
+    if not isinstance(value, Mapping):
+        raise Refused(f"`{where}` must be a mapping, but is {value!r}.")
+    return value
+
+
+def _made(kind: type[T], values: Any, where: str) -> T:
+    """The dataclass `kind` from a mapping with exactly its fields (those with defaults may be left out)."""
+    from nas_gate.search import Refused
+
+    values = _mapping(values, where)
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(map(str, values.keys() - known.keys())):
+        raise Refused(f"`{where}` has no key {unknown[0]!r}; valid keys: {', '.join(known)}.")
+    hints = get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for name, field in known.items():
+        path = f"{where}.{name}".lstrip(".")
+        if name in values:
+            given[name] = _typed(values[name], hints[name], path)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise Refused(f"`{path}` is missing.")
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise Refused(f"{where}: {error}" if where else str(error)) from error
+
+
+def _typed(value: Any, hint: Any, path: str) -> Any:
+    from nas_gate.search import Refused
+
+    allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    for kind in allowed:
+        if kind is float and type(value) in (int, float):
+            return float(value)
+        if kind not in (int, float, str, bool) or type(value) is kind:
+            return value
+    names = " or ".join(kind.__name__ for kind in allowed)
+    raise Refused(f"`{path}` must be {names}, but is {value!r}.")
+
+
+# --- inspect ------------------------------------------------------------------------------------------------
+
+
+def _inspect(arguments: Sequence[str]) -> None:
+    import torch
+    from rich.console import Console
+
+    from nas_gate import inspect, models
+    from nas_gate.search import refusing
+
+    parser = argparse.ArgumentParser(
+        "nas-gate inspect",
+        description=INSPECT_HELP,
+        epilog=INSPECT_EXAMPLES + f"\n{_groups_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for nas-gate search")
+    parser.add_argument("--input", metavar="CxHxW", help="size of one input; else the data set is loaded for it")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--config-dir", metavar="DIR", help="configuration files of your own")
+    options = parser.parse_intermixed_args(arguments)

@@ -1,0 +1,128 @@
+"""What an architecture costs: a multilinear form in keep, exact at every 0/1 point, differentiable everywhere.
+
+`macs` are multiply-accumulates of one forward pass on the example inputs (`flops = 2 * macs`, as
+`torch.utils.flop_counter` counts them: convolutions and matrix products, no biases, norms or activations);
+`params` are elements of parameters. Every priced operation costs `coefficient` times the product of the kept sizes
+of its axes, and every axis' kept size is a constant plus a weighted sum of open units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nas_gate.structure import Structure, Term
+from nas_gate.structure.trace import mode_of, plain_operations
+
+METRICS = ("macs", "params")
+
+
+class CostModel(nn.Module):
+    """The cost of a keep vector, in float64, so that counts are exact up to 2**53.
+
+    Calling it with `keep` of shape (units,), soft or boolean, gives a scalar float64 tensor, differentiable in keep.
+    """
+
+    def __init__(self, structure: Structure) -> None:
+        super().__init__()
+        self.structure = structure
+        self._other = {"macs": structure.other_macs, "params": 0}
+        sizes = np.array([g.size for g in structure.groups], dtype=np.float64)
+        self.register_buffer("_group", torch.from_numpy(structure.group_of_unit()), persistent=False)
+        self.register_buffer("_sizes", torch.from_numpy(sizes), persistent=False)
+        for metric, terms in (("macs", structure.macs), ("params", structure.params)):
+            weights, fixed, coefficient, axes = _form(structure, terms)
+            self.register_buffer(f"_{metric}_weights", weights, persistent=False)
+            self.register_buffer(f"_{metric}_fixed", fixed, persistent=False)
+            self.register_buffer(f"_{metric}_coefficient", coefficient, persistent=False)
+            self.register_buffer(f"_{metric}_axes", axes, persistent=False)
+
+    def forward(self, keep: Tensor, metric: str = "macs") -> Tensor:
+        """Cost of keep, shape (units,), as a float64 scalar."""
+        check_metric(metric)
+        if tuple(keep.shape) != (self.structure.units,):
+            raise ValueError(f"keep must have shape ({self.structure.units},), but has {tuple(keep.shape)}")
+        open_units = torch.zeros_like(self._sizes).index_add(0, self._group, keep.to(torch.float64))
+        return self.of_counts(open_units, metric)
+
+    def of_counts(self, open_units: Tensor, metric: str = "macs") -> Tensor:
+        """Cost when so many units of every group are open; `open_units` has shape (groups,), float64."""
+        weights, fixed = getattr(self, f"_{metric}_weights"), getattr(self, f"_{metric}_fixed")
+        axes, coefficient = getattr(self, f"_{metric}_axes"), getattr(self, f"_{metric}_coefficient")
+        kept = weights @ open_units + fixed
+        result: Tensor = coefficient @ kept[axes].prod(dim=0) + self._other[metric]
+        return result
+
+    def total(self, metric: str = "macs") -> int:
+        """Cost of the dense model."""
+        check_metric(metric)
+        return round(float(self.of_counts(self._sizes, metric)))
+
+    def share(self, keep: Tensor, metric: str = "macs") -> Tensor:
+        """Cost of keep over the cost of the dense model."""
+        result: Tensor = self(keep, metric) / self.total(metric)
+        return result
+
+
+def check_metric(metric: str) -> None:
+    """Raise ValueError for a metric that is not priced."""
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, but is {metric!r}")
+
+
+def _form(structure: Structure, terms: Sequence[Term]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(axis weights (axes, groups), fixed sizes (axes,), coefficients (terms,), axes of terms (degree, terms)).
+
+    Terms over the same axes are one; sizes without units go into the coefficient; axis 0 is the constant 1.
+    """
+    used: dict[int, int] = {}
+    merged: dict[tuple[int, ...], int] = {(): 0}
+    for term in terms:
+        constant, variable = term.coefficient, []
+        for a in term.axes:
+            if structure.axes[a].groups:
+                variable.append(used.setdefault(a, len(used) + 1))
+            else:
+                constant *= structure.axes[a].fixed
+        key = tuple(sorted(variable))
+        merged[key] = merged.get(key, 0) + constant
+    degree = max(1, max(len(k) for k in merged))
+    weights = torch.zeros(len(used) + 1, len(structure.groups), dtype=torch.float64)
+    fixed = torch.ones(len(used) + 1, dtype=torch.float64)
+    for axis, row in used.items():
+        fixed[row] = structure.axes[axis].fixed
+        for group, count in structure.axes[axis].groups:
+            weights[row, group] = count
+    axes = torch.tensor([[*k, *[0] * (degree - len(k))] for k in merged], dtype=torch.int64)
+    coefficient = torch.tensor(list(merged.values()), dtype=torch.float64)
+    return weights, fixed, coefficient, axes.t().contiguous()
+
+
+def reachable_share(structure: Structure) -> float:
+    """The share of the dense model's MACs that lie in operations with at least one gated axis."""
+    dense = reached = structure.other_macs
+    reached = 0
+    for term in structure.macs:
+        axes = [structure.axes[a] for a in term.axes]
+        macs = term.coefficient * math.prod(
+            a.fixed + sum(n * structure.groups[g].size for g, n in a.groups) for a in axes
+        )
+        dense += macs
+        reached += macs if any(a.groups for a in axes) else 0
+    return reached / dense if dense else 0.0
+
+
+def count_macs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> int:
+    """Multiply-accumulates of one forward pass in evaluation mode, counted by PyTorch's FlopCounterMode.
+
+    Fused attention is run as plain matrix products, so that it counts alike on every backend.
+    """
+    with mode_of(model, training=False), plain_operations(), FlopCounterMode(display=False) as counter:
+        model(*args, **(kwargs or {}))
+    return counter.get_total_flops() // 2

@@ -1,0 +1,248 @@
+"""Gates in a model: they multiply the input slots of the weights that consume a unit.
+
+That gives exactly the function of the smaller network, whatever norm, bias or activation lies between a unit and
+its consumers, and costs a product over a weight instead of one over an activation. The weights are replaced for one
+call by `torch.func.functional_call`, so the model keeps its class and its state names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from nas_gate.cost import CostModel
+from nas_gate.gates import Gate, TrainableGate
+from nas_gate.structure import Structure
+
+
+class Factors(nn.Module):
+    """From a keep vector to gated weights.
+
+    All factors are gathered at once: one index for the whole network, split by weight and dimension.
+    """
+
+    def __init__(self, structure: Structure, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        units = structure.units
+        self._shapes: list[tuple[str, list[int]]] = []
+        index, sizes = [], []
+        for gate in structure.gates:
+            ids = torch.from_numpy(gate.units)
+            index.append(torch.where(ids >= 0, ids, units))  # the last factor is the constant 1
+            sizes.append(len(ids))
+            shape = shapes[gate.tensor]
+            self._shapes.append((gate.tensor, [n if d == gate.dim else 1 for d, n in enumerate(shape)]))
+        self._sizes = sizes
+        self.names = list(dict.fromkeys(name for name, _ in self._shapes))
+        self.register_buffer("_index", torch.cat(index) if index else torch.zeros(0, dtype=torch.int64), False)
+
+    def forward(self, tensors: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+        """The gated ones among `tensors` (by name), multiplied by their factors."""
+        factors = torch.cat([keep, keep.new_ones(1)]).index_select(0, self._index).split(self._sizes)
+        gated: dict[str, Tensor] = {}
+        for (name, shape), factor in zip(self._shapes, factors):
+            weight = gated.get(name, tensors[name])
+            gated[name] = weight * factor.view(shape).to(weight.dtype)
+        return gated
+
+
+class Gates(nn.Module):
+    """Gate weights of all units, shape (units,), and the gate function that turns them into keep.
+
+    The `minimum` highest gate weights of every group are held open, so that the network is never cut in two; they
+    receive the gate's gradient all the same.
+    """
+
+    def __init__(self, structure: Structure, function: Gate, minimum: int = 1) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.full((structure.units,), float(function.initial)))
+        self.register_buffer("_group", torch.from_numpy(structure.group_of_unit()), persistent=False)
+        starts = torch.tensor([g.start for g in structure.groups])
+        self.register_buffer("_start", starts, persistent=False)
+        self.minimum = minimum
+
+    def forward(self) -> Tensor:
+        """Keep, shape (units,), in [0, 1]."""
+        keep: Tensor = self.function(self.weight)
+        held = self.ranks() < self.minimum
+        return torch.where(held, keep + (1 - keep).detach(), keep)
+
+    def ranks(self) -> Tensor:
+        """The rank of every unit in its group by gate weight, 0 for the highest (ties by position)."""
+        return ranks(self.weight.detach(), self._group, self._start)
+
+
+def ranks(scores: Tensor, group: Tensor, start: Tensor) -> Tensor:
+    """Ranks by descending score within each group; units of a group are contiguous from `start[group]`."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    order = order[torch.argsort(group[order], stable=True)]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - start[group]
+    return rank
+
+
+class GatedModel(nn.Module):
+    """A copy of a model with gates on all its units; called like the model.
+
+    `model` holds the weights under their own names, `gates.weight` the gate weights of all units as one parameter,
+    `structure` the units, `cost` the cost model, `example_inputs` the arguments that the analysis ran on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        function: Gate | None = None,
+        example_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {}),
+    ) -> None:
+        super().__init__()
+        if not structure.groups:
+            reasons = list(dict.fromkeys(f.reason for f in structure.fixed))[:5]
+            raise ValueError(
+                f"a model needs at least one removable unit to be gated, but {type(model).__name__} has none; "
+                f"reasons: {'; '.join(reasons) or 'it has no parameters'}"
+            )
+        self.model = model
+        self.structure = structure
+        self.cost = CostModel(structure)
+        self.gates = Gates(structure, TrainableGate() if function is None else function)
+        self.factors = Factors(structure, {n: tuple(t.shape) for n, t in _named(model).items()})
+        self.example_inputs = example_inputs
+        device = next((t.device for t in _named(model).values()), None)
+        for part in (self.cost, self.gates, self.factors):
+            part.to(device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model computes when its closed units are gone."""
+        weights = {name: _tensor(self.model, name) for name in self.factors.names}
+        return functional_call(self.model, self.factors(weights, self.gates()), args, kwargs)
+
+    def keep(self) -> Tensor:
+        """The gates' present keep, shape (units,)."""
+        keep: Tensor = self.gates()
+        return keep
+
+    def cost_share(self, metric: str = "macs") -> Tensor:
+        """The present keep's cost over the dense model's."""
+        return self.cost.share(self.gates(), metric)
+
+    def gate_parameters(self) -> list[nn.Parameter]:
+        """What the gates learn (give it its own learning rate, and no weight decay)."""
+        return list(self.gates.parameters())
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """What the model learns."""
+        return list(self.model.parameters())
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), attribute)
+    return tensor
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def gated_tensors(structure: Structure, tensors: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """The weights of the gated model for one keep vector: for `functional_call`."""
+    factors = Factors(structure, {n: tuple(t.shape) for n, t in tensors.items()})
+    device = keep.device
+    gated: dict[str, Tensor] = factors.to(device)(tensors, keep)
+    return gated
+
+
+def penalty(
+    gated: GatedModel, target: float, weight: float = 1.0, power: int = 2, metric: str = "macs"
+) -> Tensor:
+    """`weight * |target - cost(keep) / cost(all)| ** power`, the loss of arXiv 1904.10921 on the discrete cost.
+
+    `target` is the wanted share of the dense cost, in (0, 1].
+    """
+    if not 0 < target <= 1:
+        raise ValueError(f"`0 < target <= 1` must hold for the share of the dense cost, but got target={target}")
+    if power not in (1, 2):
+        raise ValueError(f"power must be 1 or 2, but is {power}")
+    if weight < 0:
+        raise ValueError(f"`weight >= 0` must hold, but got weight={weight}")
+    gap = (target - gated.cost_share(metric)).abs()
+    return (weight * gap**power).to(gated.gates.weight.dtype)
+
+
+class Lagrangian:
+    """A budget controller that finds the penalty's weight itself (augmented Lagrangian for share <= target).
+
+    The term is `multiplier * gap + rate / 2 * gap ** 2` with gap = share - target; after every step `update` adds
+    `rate * gap` to the multiplier, which stays at least 0. See Nocedal and Wright, Numerical Optimization, ch. 17.
+    """
+
+    def __init__(self, target: float, rate: float = 0.1, metric: str = "macs", multiplier: float = 0.0) -> None:
+        if not 0 < target <= 1:
+            raise ValueError(
+                f"`0 < target <= 1` must hold for the share of the dense cost, but got target={target}"
+            )
+        if rate <= 0 or multiplier < 0:
+            raise ValueError(f"`rate > 0` and `multiplier >= 0` must hold, but got {rate=}, {multiplier=}")
+        self.target, self.rate, self.metric, self.multiplier = target, rate, metric, multiplier
+
+    def __call__(self, gated: GatedModel) -> Tensor:
+        """The loss term."""
+        gap = gated.cost_share(self.metric) - self.target
+        return (self.multiplier * gap + self.rate / 2 * gap**2).to(gated.gates.weight.dtype)
+
+    def update(self, gated: GatedModel) -> None:
+        """Adapt the multiplier to the present gap."""
+        with torch.no_grad():
+            gap = float(gated.cost_share(self.metric)) - self.target
+        self.multiplier = max(0.0, self.multiplier + self.rate * gap)
+
+    def state_dict(self) -> dict[str, float]:
+        """What changes during training."""
+        return {"multiplier": self.multiplier, "target": self.target}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take up where `state_dict` was taken."""
+        self.multiplier, self.target = float(state["multiplier"]), float(state["target"])
+
+
+def check_optimizers(gated: GatedModel, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raise ValueError unless some optimiser trains the gates: one built before `attach` never would."""
+    trained = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    if id(gated.gates.weight) not in trained:
+        raise ValueError(
+            "the gates must be among the optimiser's parameters, but are not: build the optimiser after "
+            "nas_gate.attach, from gated.parameters()"
+        )
+
+
+_left_behind: Any = WeakTensorKeyDictionary()
+
+
+def refuse_optimizers_of(original: nn.Module) -> None:
+    """From now on an optimiser that can only train `original`, of which a gated copy exists, is an error.
+
+    Such an optimiser was built before the gates were attached: it holds none of the parameters that receive
+    gradients, so that neither weights nor gates would learn. Training the original itself goes on working.
+    """
+    if not _left_behind:
+        register_optimizer_step_pre_hook(_refuse_left_behind)
+    for parameter in original.parameters():
+        _left_behind[parameter] = type(original).__name__
+
+
+def _refuse_left_behind(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    name = _left_behind.get(parameters[0]) if parameters and isinstance(parameters[0], Tensor) else None
+    if name is not None and all(p.grad is None for p in parameters):
+        raise RuntimeError(
+            f"this optimiser holds the parameters of the original {name}, which receive no gradients: gates were "
+            "attached to a copy. Build the optimiser after nas_gate.attach, from gated.parameters()"
+        )

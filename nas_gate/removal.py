@@ -1,0 +1,328 @@
+"""Removal: a smaller model of the user's own class, and the proof that it computes what the gated one does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+from nas_gate.cost import METRICS, CostModel
+from nas_gate.gating import gated_tensors
+from nas_gate.structure import Structure
+from nas_gate.structure.trace import mode_of, output_tensors, plain_operations, tensors_of, unchanged
+
+TOLERANCE = 1e-4
+"""Largest allowed error between gated and removed model, relative to the largest output, in float32."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is kept, without reference to units: the slots of every cut dimension, and sizes without parameters.
+
+    `slots` maps a parameter's or buffer's name to {dimension: kept indices}; `widths` maps the path of a module
+    that keeps its input width as an attribute only to that width.
+    """
+
+    slots: Mapping[str, Mapping[int, tuple[int, ...]]]
+    widths: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A removal: the smaller model, what was kept, its exact cost, and the largest relative error of the proof."""
+
+    model: nn.Module
+    keep: Tensor
+    cut: Cut
+    macs: int
+    params: int
+    max_relative_error: float
+
+
+Mend = Callable[[Any, Any, "int | None"], None]
+"""(module after the cut, module before, kept width of its input or None): sets the sizes that the module keeps."""
+
+
+def _mend_convolution(new: Any, old: Any, width: int | None) -> None:
+    first, second = new.weight.shape[:2]
+    groups = old.groups
+    if groups > 1 and old.in_channels == groups:  # depthwise: whole groups go
+        groups = first if old.transposed else first // (old.out_channels // groups)
+    given, taken = (second * groups, first) if old.transposed else (first, second * groups)
+    new.in_channels, new.out_channels, new.groups = taken, given, groups
+
+
+def _mend_linear(new: Any, old: Any, width: int | None) -> None:
+    new.out_features, new.in_features = new.weight.shape
+
+
+def _mend_bilinear(new: Any, old: Any, width: int | None) -> None:
+    new.out_features, new.in1_features, new.in2_features = new.weight.shape
+
+
+def _mend_norm(new: Any, old: Any, width: int | None) -> None:
+    known = new.weight if new.weight is not None else new.running_mean
+    if known is not None:
+        new.num_features = known.shape[0]
+    elif width is not None:
+        new.num_features = width
+
+
+def _mend_embedding(new: Any, old: Any, width: int | None) -> None:
+    new.num_embeddings, new.embedding_dim = new.weight.shape
+
+
+def _mend_prelu(new: Any, old: Any, width: int | None) -> None:
+    new.num_parameters = new.weight.shape[0]
+
+
+MENDS: dict[type[nn.Module], Mend] = {
+    _ConvNd: _mend_convolution,
+    nn.Linear: _mend_linear,
+    nn.Bilinear: _mend_bilinear,
+    _NormBase: _mend_norm,
+    nn.Embedding: _mend_embedding,
+    nn.PReLU: _mend_prelu,
+}
+"""How modules mend the sizes that they keep as attributes; users add their own types (subclasses are covered)."""
+
+SIZED: tuple[type[nn.Module], ...] = (_InstanceNorm,)
+"""Modules that may keep their input width without any parameter of that size."""
+
+
+def cut_of(structure: Structure, keep: Tensor) -> Cut:
+    """The kept slots of every tensor for a boolean keep, shape (units,)."""
+    structure.open_units(keep)  # checks shape and type
+    kept = np.append(keep.cpu().numpy(), True)  # -1, the last entry: fixed slots stay
+    slots: dict[str, dict[int, tuple[int, ...]]] = {}
+    for s in structure.slots:
+        index = np.flatnonzero(kept[s.units])
+        if len(index) < len(s.units):
+            slots.setdefault(s.tensor, {})[s.dim] = tuple(index.tolist())
+    widths = {w.tensor: int(kept[w.units].sum()) for w in structure.widths if not kept[w.units].all()}
+    return Cut(slots, widths)
+
+
+def cut_tensor(tensor: Tensor, slots: Mapping[int, Sequence[int]]) -> Tensor:
+    """The kept slots of one tensor, a new tensor."""
+    for dim, index in slots.items():
+        tensor = tensor.index_select(dim, torch.tensor(index, dtype=torch.int64, device=tensor.device))
+    return tensor
+
+
+def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
+    """A copy of the model with only the kept slots, and its modules' sizes mended. The model is left alone.
+
+    Raises ValueError where the cut names a tensor that the model lacks or slots that it does not have.
+    """
+    tensors = _all_names(model)
+    memo: dict[int, Any] = {}
+    for name, slots in cut.slots.items():
+        old = tensors.get(name)
+        if old is None:
+            raise ValueError(f"the cut names {name!r}, but {type(model).__name__} has no such parameter or buffer")
+        for dim, index in slots.items():
+            if not 0 <= dim < old.dim() or not index or min(index) < 0 or max(index) >= old.shape[dim]:
+                raise ValueError(
+                    f"the cut must keep slots that exist, but names dimension {dim} of {name!r} with slots up to "
+                    f"{max(index, default=None)}, and its shape is {tuple(old.shape)}"
+                )
+        new = cut_tensor(old.detach(), slots)
+        memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    small = copy.deepcopy(model, memo)
+    changed = {name.rpartition(".")[0] for name, old in tensors.items() if id(old) in memo}
+    before = dict(model.named_modules())
+    for path, module in small.named_modules():
+        if path in changed or path in cut.widths or _parametrized_below(path, changed):
+            for kind in type(module).__mro__:
+                if kind in MENDS:
+                    MENDS[kind](module, before[path], cut.widths.get(path))
+                    break
+    for parameter in small.parameters():
+        parameter.grad = None
+    return small
+
+
+def _parametrized_below(path: str, changed: set[str]) -> bool:
+    return any(c.startswith(f"{path}.parametrizations") if path else c.startswith("parametrizations") for c in changed)
+
+
+def _all_names(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def relative_error(a: Any, b: Any) -> float:
+    """The largest difference of two outputs over the largest magnitude of `a`, tensor by tensor; inf where shapes differ."""
+    left, right = output_tensors(a), output_tensors(b)
+    if [t.shape for t in left] != [t.shape for t in right]:
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(left, right):
+        if x.numel() == 0:
+            continue
+        x, y = (t.double() if not t.is_complex() else torch.view_as_real(t).double() for t in (x, y))
+        scale = float(x.abs().max())
+        error = float((x - y).abs().max())
+        worst = max(worst, error / scale if scale > 0 else error)
+        if not np.isfinite(scale):
+            return float("nan")
+    return worst
+
+
+def informative(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors by name, those of one constant value (fresh norms, zero-initialised branches) made random.
+
+    Otherwise a zero branch or a fresh batch norm would hide a wrong cut from a comparison of outputs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    norms = {f"{n}." if n else "" for n, m in model.named_modules() if isinstance(m, _NormBase)}
+    result = {}
+    for name, tensor in tensors_of(model).items():
+        of_interest = isinstance(tensor, nn.Parameter) or name.rpartition(".")[0] + "." in norms
+        if of_interest and tensor.is_floating_point() and tensor.numel() > 1:
+            value = tensor.detach()
+            first = value.flatten()[0]
+            if bool((value == first).all()):
+                noise = torch.rand(tensor.shape, generator=generator).to(value)
+                scale = float(first)
+                value = scale * (0.5 + noise) if abs(scale) > 1e-2 else 0.6 * noise - 0.3
+            result[name] = value
+        else:
+            result[name] = tensor.detach()
+    return result
+
+
+@contextmanager
+def _holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with other values in its tensors for a while."""
+    own = tensors_of(model)
+    before = {n: own[n].data for n in tensors if own[n].data_ptr() != tensors[n].data_ptr()}
+    try:
+        for name in before:
+            own[name].data = tensors[name]
+        yield
+    finally:
+        for name, data in before.items():
+            own[name].data = data
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One comparison of the gated with the removed model: its error, and the removed model's counted cost."""
+
+    error: float
+    macs: int
+    params: int
+
+
+class RemovalError(RuntimeError):
+    """The removed model is not what the gated one promised; `path` is the module that failed, where one did."""
+
+    def __init__(self, message: str, path: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def compare(
+    model: nn.Module,
+    structure: Structure,
+    cut: Cut,
+    keep: Tensor,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    training: bool = False,
+) -> Trial:
+    """Cut a copy of the model and compare it with the gated model in evaluation mode.
+
+    Tensors without information are made random for both, so that statistics of norms are never trivial. With
+    `training` the removed model must run in training mode, too. Raises RemovalError where it does not run.
+    """
+    tensors = informative(model)
+    with _holding(model, tensors), unchanged(model), mode_of(model, training=False), plain_operations():
+        small = cut_model(model, cut)
+        dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+        device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        gated = gated_tensors(structure, tensors, keep.to(device, dtype))
+        torch.manual_seed(0)
+        expected = functional_call(model, gated, tuple(args), dict(kwargs))
+        torch.manual_seed(0)
+        with _blaming(small), FlopCounterMode(display=False) as counter:
+            got = small(*args, **kwargs)
+        if training:
+            with mode_of(small, training=True), _blaming(small):
+                small(*args, **kwargs)
+        params = sum(p.numel() for p in small.parameters())
+        return Trial(relative_error(expected, got), counter.get_total_flops() // 2, params)
+
+
+@contextmanager
+def _blaming(model: nn.Module) -> Iterator[None]:
+    """Turn an exception into a RemovalError that names the innermost module that did not finish."""
+    names = {m: n for n, m in model.named_modules()}
+    running: list[str] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        running.append(names.get(module, running[-1] if running else ""))
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        running.pop()
+
+    with ExitStack() as exits:
+        exits.callback(register_module_forward_pre_hook(enter).remove)
+        exits.callback(register_module_forward_hook(leave).remove)
+        try:
+            yield
+        except Exception as error:
+            path = running[-1] if running else ""
+            where = f" in {path}" if path else ""
+            message = " ".join(str(error).split())
+            raise RemovalError(
+                f"the smaller model fails{where}: {type(error).__name__}: {message[:300]}", path
+            ) from error
+
+
+def check(structure: Structure, keep: Tensor, trial: Trial) -> None:
+    """Raise RemovalError unless the trial agrees with the gated model and with the predicted cost."""
+    if not trial.error <= TOLERANCE:
+        raise RemovalError(
+            f"the removed model must compute what the gated one does, but the largest relative error is "
+            f"{trial.error:.3g} (allowed: {TOLERANCE:g})"
+        )
+    cost = CostModel(structure)
+    predicted = {m: round(float(cost(keep.cpu(), m))) for m in METRICS}
+    counted = {"macs": trial.macs, "params": trial.params}
+    if predicted != counted:
+        raise RemovalError(f"the removed model must cost what was predicted, but {predicted=} and {counted=}")
+
+
+def remove_units(
+    model: nn.Module, structure: Structure, keep: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Removed:
+    """Remove what `keep`, boolean of shape (units,), leaves out, and prove it.
+
+    The proof: gated and removed model agree on the example inputs (evaluation mode, non-trivial statistics), and the
+    removed model costs exactly what the cost model says. Raises RemovalError otherwise.
+    """
+    open_units = structure.open_units(keep)
+    empty = [g.name for g, n in zip(structure.groups, open_units) if n == 0]
+    if empty:
+        raise ValueError(f"at least one unit of every group must be kept, but none is in {empty}")
+    cut = cut_of(structure, keep)
+    trial = compare(model, structure, cut, keep, args, kwargs)
+    check(structure, keep, trial)
+    return Removed(cut_model(model, cut), keep.cpu().clone(), cut, trial.macs, trial.params, trial.error)

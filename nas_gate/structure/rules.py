@@ -1,0 +1,676 @@
+"""The rule table: what each ATen operation does with labels.
+
+A rule is a small function of a `Call`: it declares equalities, fixed labels, prices and places for gates, and
+returns the tracks of every tensor result. Users add their own with `RULES[torch.ops.library.operation] = rule`.
+An operation without a rule fixes every label that enters it, which is always right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nas_gate.structure import labels as lb
+from nas_gate.structure.labels import NONE, Track, Value
+from nas_gate.structure.trace import KERNEL, Call, Rule
+
+aten = torch.ops.aten
+Tracks = tuple[Track, ...]
+Results = Sequence[Tracks]
+
+# value = linear function of the weight: a gate on the weight's slots multiplies the value
+LINEAR = {aten.mul, aten.mul_, aten.neg, aten.neg_}
+
+
+def unknown(call: Call) -> Results:
+    """Fix everything that enters."""
+    for tensor in call.tensors():
+        for track in call.value(tensor).tracks:
+            call.fix(track.labels, "has no rule")
+    return [()] * len(call.outputs())
+
+
+# --- pointwise ---------------------------------------------------------------------------------------------
+
+
+def join(call: Call, values: Sequence[Value], keep_weight: bool = False) -> Tracks:
+    """Tracks of a broadcast result: labels in the same place are equal."""
+    rank = max(len(v.shape) for v in values)
+    shapes = [(1,) * (rank - len(v.shape)) + v.shape for v in values]
+    merged: list[tuple[Track, set[int]]] = []  # a track and the operands that take part in it
+    for i, value in enumerate(values):
+        for track in value.tracks:
+            labels, weight, members = lb.align(track.labels, rank), track.weight and keep_weight, {i}
+            apart = []
+            for other, operands in merged:
+                if set(Track(labels).dims) & set(other.dims):
+                    call.equate(other.labels, labels)
+                    # the first operand's own labels stay, for a gate must find the weight it multiplies
+                    labels, weight = lb.where(other.labels, labels), weight or other.weight
+                    members = members | operands
+                else:
+                    apart.append((other, operands))
+            merged = [*apart, (Track(lb.compress(labels), weight), members)]
+    for track, operands in merged:
+        for i, shape in enumerate(shapes):
+            if i not in operands and any(shape[d] > 1 for d in track.dims):
+                call.fix(track.labels, f"joins it with a tensor that has no units there ({values[i].why})")
+    return tuple(track for track, _ in merged)
+
+
+def pointwise(call: Call) -> Results:
+    """Element by element, after broadcasting."""
+    values = [call.value(t) for t in call.tensors()]
+    keep_weight = call.op.overloadpacket in LINEAR
+    return [join(call, values, keep_weight)] * len(call.outputs())
+
+
+def divide(call: Call) -> Results:
+    """Linear in the numerator only."""
+    numerator, other = call.value(call["self"]), call["other"]
+    if not isinstance(other, Tensor):
+        return [numerator.tracks]
+    value = call.value(other)
+    plain = Value(value.shape, tuple(Track(t.labels) for t in value.tracks), value.why)
+    return [join(call, [numerator, plain], keep_weight=True)]
+
+
+def same(call: Call) -> Results:
+    """The result is the argument (copies, casts, detach)."""
+    return [call.value(call["self"]).tracks]
+
+
+def like(call: Call) -> Results:
+    """A new tensor of the argument's size."""
+    return [tuple(Track(t.labels) for t in call.value(call["self"]).tracks)]
+
+
+def restrided(call: Call) -> Results:
+    """Another memory layout of the same elements; anything else is unknown."""
+    value = call.value(call["self"])
+    if tuple(call["size"]) != value.shape or call["self"].shape != call.out.shape:
+        return unknown(call)
+    return [value.tracks]
+
+
+def copy(call: Call) -> Results:
+    """Write `src` into `self`."""
+    return [join(call, [call.value(call["self"]), call.value(call["src"])])]
+
+
+def dropout(call: Call) -> Results:
+    """The result and its mask."""
+    tracks = join(call, [call.value(call["input"])])
+    return [tracks] * len(call.outputs())
+
+
+# --- movement: the same operator on labels ------------------------------------------------------------------
+
+
+def reshaped(call: Call) -> Results:
+    """Views that keep the order of elements."""
+    source, out = call["self"], call.outputs()[0]
+    tracks = call.value(source).tracks
+    before, after = _shape_before(call), tuple(out.shape)
+    return [tuple(Track(lb.reshape(t.labels, before, after), t.weight) for t in tracks)]
+
+
+def _shape_before(call: Call) -> tuple[int, ...]:
+    value = call.value(call["self"])
+    return value.shape if value.tracks else tuple(call["self"].shape)
+
+
+def permuted(call: Call) -> Results:
+    """Permutations of dimensions run on the labels as they are."""
+    arguments = {k: v for k, v in call.arguments.items() if k != "self"}
+    tracks = call.value(call["self"]).tracks
+    return [tuple(Track(call.op(t.labels, **arguments), t.weight) for t in tracks)]
+
+
+def expanded(call: Call) -> Results:
+    """Broadcasting adds dimensions of size 1 to labels."""
+    rank = call.outputs()[0].dim()
+    return [tuple(Track(lb.align(t.labels, rank), t.weight) for t in call.value(call["self"]).tracks)]
+
+
+def _arguments(call: Call, labels: Tensor) -> dict[str, Any]:
+    """The call's arguments with `self` replaced, index tensors on the labels' device."""
+
+    def local(a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return a.to(labels.device)
+        return [local(b) for b in a] if isinstance(a, (list, tuple)) else a
+
+    return {k: labels if k == "self" else local(v) for k, v in call.arguments.items()}
+
+
+def _apply(call: Call, labels: Tensor) -> list[Tensor]:
+    result = call.op(**_arguments(call, labels))
+    return list(result) if isinstance(result, (list, tuple)) else [result]
+
+
+def along(call: Call) -> Results:
+    """Movement along one dimension, or the dimensions of `dims` (select, slice, unbind, roll, flip ...)."""
+    value = call.value(call["self"])
+    rank = len(value.shape)
+    dims = call.arguments.get("dims", call.arguments.get("dim"))
+    dims = [dims] if isinstance(dims, int) else list(dims or range(rank))
+    return _moved(call, value, [d % rank for d in dims])
+
+
+def anywhere(call: Call) -> Results:
+    """Movement that may touch every dimension (index, repeat, pixel shuffle, unfold ...)."""
+    value = call.value(call["self"])
+    for tensor in call.tensors():
+        if tensor is not call["self"]:
+            for track in call.value(tensor).tracks:
+                call.fix(track.labels, "uses it as an index")
+    return _moved(call, value, list(range(len(value.shape))))
+
+
+def _moved(call: Call, value: Value, dims: Sequence[int]) -> Results:
+    results: list[list[Track]] = [[] for _ in call.outputs()]
+    for track in value.tracks:
+        full = track.labels.expand(
+            [value.shape[d] if d in dims else track.labels.shape[d] for d in range(len(value.shape))]
+        )
+        # where no touched dimension carries labels, cutting cannot disturb the movement
+        disturbed = any(d in track.dims for d in dims)
+        for i, moved in enumerate(_apply(call, full)):
+            if disturbed:
+                call.moves(
+                    full, moved, lambda cut, want, i=i: _apply(call, cut)[i], "does not commute with cutting"
+                )
+            results[i].append(Track(lb.compress(moved), track.weight))
+    return [tuple(r) for r in results]
+
+
+def pieces(call: Call) -> Results:
+    """Slices and splits: equal pieces of a dimension share positions, so that they stay equal when cut."""
+    value = call.value(call["self"])
+    rank = len(value.shape)
+    dim = (call["dim"] or 0) % rank
+    size = value.shape[dim]
+    outs = call.outputs()
+    bounds = _bounds(call, size, outs, dim)
+    results: list[list[Track]] = [[] for _ in outs]
+    for track in value.tracks:
+        moved = [
+            track.labels.narrow(dim, a, b - a) if dim in track.dims else track.labels for a, b in bounds or []
+        ]
+        if dim not in track.dims:
+            for r in results:
+                r.append(track)
+            continue
+        if bounds is None:
+            return _moved(call, value, [dim])
+        for (a, b), part, r in zip(bounds, moved, results):
+            length = b - a
+            if length and length < size and size % length == 0 and a % length == 0:
+                whole = track.labels.unflatten(dim, (size // length, length))
+                call.equate(whole.narrow(dim, 0, 1), whole)
+            elif length < size:
+                call.fix(track.labels, f"takes {length} of {size} slots, no equal piece")
+            r.append(Track(lb.compress(part), track.weight))
+    return [tuple(r) for r in results]
+
+
+def gated_linear(call: Call) -> Results:
+    """GLU: the first half of a dimension times the sigmoid of the second."""
+    value = call.value(call["self"])
+    dim = call["dim"] % len(value.shape)
+    result = []
+    for track in value.tracks:
+        if dim in track.dims:
+            first, second = track.labels.chunk(2, dim)
+            call.equate(first, second)
+            result.append(Track(lb.compress(first)))
+        else:
+            result.append(Track(track.labels))
+    return [tuple(result)]
+
+
+def _bounds(call: Call, size: int, outs: Sequence[Tensor], dim: int) -> list[tuple[int, int]] | None:
+    """[start, stop) of every piece; None where a step leaves gaps."""
+    if "step" in call.arguments:
+        if call["step"] != 1:
+            return None
+        start = call["start"] or 0
+        start = min(max(start + size if start < 0 else start, 0), size)
+        return [(start, start + outs[0].shape[dim])]
+    bounds, start = [], 0
+    for out in outs:
+        bounds.append((start, start + out.shape[dim]))
+        start += out.shape[dim]
+    return bounds
+
+
+def concatenated(call: Call) -> Results:
+    """Labels along the joined dimension stand side by side; those over other dimensions are equal."""
+    tensors = list(call["tensors"])
+    values = [call.value(t) for t in tensors if t.dim() > 1 or t.numel()]
+    return [cat(call, values, call["dim"])]
+
+
+def stacked(call: Call) -> Results:
+    """A concatenation over a new dimension."""
+    out = call.outputs()[0]
+    dim = call["dim"] % out.dim()
+    values = []
+    for tensor in call["tensors"]:
+        v = call.value(tensor)
+        shape = (*v.shape[:dim], 1, *v.shape[dim:])
+        values.append(Value(shape, tuple(Track(t.labels.unsqueeze(dim), t.weight) for t in v.tracks), v.why))
+    return [cat(call, values, dim)]
+
+
+def cat(call: Call, values: Sequence[Value], dim: int) -> Tracks:
+    """Tracks of a concatenation."""
+    rank = len(values[0].shape)
+    dim %= rank
+    kinds: dict[frozenset[int], list[Track | None]] = {}
+    for i, value in enumerate(values):
+        for track in value.tracks:
+            kind = frozenset(track.dims) - {dim}
+            row = kinds.setdefault(kind, [None] * len(values))
+            first = row[i]
+            if first is not None:  # two tracks of one value over the same dimensions stand or fall together
+                call.equate(first.labels, track.labels)
+            else:
+                row[i] = track
+    result = []
+    for kind, row in kinds.items():
+        weight = all(t is not None and t.weight for t in row)
+        if any(t is not None and dim in t.dims for t in row):
+            parts = []
+            for value, t in zip(values, row):
+                shape = [value.shape[d] if d == dim or d in kind else 1 for d in range(rank)]
+                labels = torch.full([1] * rank, NONE) if t is None else t.labels
+                parts.append(labels.expand(shape))
+            result.append(Track(lb.compress(torch.cat(parts, dim)), weight))
+            continue
+        present = [t for t in row if t is not None]
+        labels = present[0].labels
+        for t in present[1:]:
+            call.equate(labels, t.labels)
+            labels = lb.where(labels, t.labels)
+        missing = [v for v, t in zip(values, row) if t is None]
+        if missing:
+            call.fix(labels, f"joins it with a tensor that has no units there ({missing[0].why})")
+        result.append(Track(labels, weight))
+    return tuple(result)
+
+
+def padded(call: Call) -> Results:
+    """Constant padding: new places carry no label."""
+    value, pad = call.value(call["self"]), list(call["pad"])
+    rank = len(value.shape)
+    amounts = {rank - 1 - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
+    result = []
+    for track in value.tracks:
+        touched = [d for d in track.dims if amounts.get(d, (0, 0)) != (0, 0)]
+        if touched:
+            call.fix(track.labels, "pads the units with places of a fixed number")
+        else:
+            result.append(track)
+    return [tuple(result)]
+
+
+def shuffled(call: Call) -> Results:
+    """Channel shuffle: a view, a transposition and a view."""
+    value, groups = call.value(call["input" if "input" in call.arguments else "self"]), call["groups"]
+    result = []
+    for track in value.tracks:
+        if 1 not in track.dims:
+            result.append(track)
+            continue
+        split = track.labels.unflatten(1, (groups, -1))
+        call.equate(split.narrow(1, 0, 1), split)  # positions stay, so that every group stays equally large
+        result.append(Track(split.transpose(1, 2).flatten(1, 2), track.weight))
+    return [tuple(result)]
+
+
+# --- spatial and reductions ---------------------------------------------------------------------------------
+
+
+def spatial(rank: int) -> Rule:
+    """Operations over the last `rank` dimensions: labels over the others are carried."""
+
+    def rule(call: Call) -> Results:
+        value = call.value(call["self" if "self" in call.arguments else "input"])
+        first = len(value.shape) - rank
+        carried = _carried(call, value, range(first, len(value.shape)), "mixes")
+        return [carried] * len(call.outputs())
+
+    return rule
+
+
+def _carried(call: Call, value: Value, dims: Sequence[int], verb: str) -> Tracks:
+    """Fix the tracks that vary over `dims`; the others go on."""
+    result = []
+    for track in value.tracks:
+        if set(track.dims) & set(dims):
+            call.fix(track.labels, f"{verb} what the units hold")
+        result.append(Track(track.labels))
+    return tuple(result)
+
+
+def reduced(call: Call) -> Results:
+    """Reductions, sorts and normalisations over given dimensions (all where none is given)."""
+    value = call.value(call["self"])
+    rank = len(value.shape)
+    dim = call.arguments.get("dim", call.arguments.get("axis"))
+    dims = [dim] if isinstance(dim, int) else list(dim or range(rank))
+    dims = [d % rank for d in dims] if rank else []
+    tracks = _carried(call, value, dims, "mixes")
+    results = []
+    for out in call.outputs():
+        shape = tuple(out.shape)
+        if len(shape) == rank:
+            # a fixed label must not go on over a dimension that has shrunk to 1
+            results.append(tuple(t for t in tracks if all(shape[d] == value.shape[d] for d in t.dims)))
+        else:
+            left = [d for d in range(rank) if d not in dims]
+            kept = [t for t in tracks if not set(t.dims) & set(dims)]
+            results.append(tuple(Track(t.labels.reshape([t.labels.shape[d] for d in left])) for t in kept))
+    return results
+
+
+def batch_norm(call: Call) -> Results:
+    """Per-channel normalisation couples dimension 1 with its parameters and buffers."""
+    x = call.value(call["input"])
+    rank = len(x.shape)
+    others = [d for d in range(rank) if d != 1]
+    values = [Value(x.shape, _carried(call, x, others, "mixes"), x.why)]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = call.arguments.get(name)
+        if tensor is not None:
+            v = call.value(tensor)
+            values.append(_channel(v, rank))
+    tracks = join(call, values)
+    return [tracks, *[()] * (len(call.outputs()) - 1)]
+
+
+def _channel(value: Value, rank: int) -> Value:
+    """A vector, seen along dimension 1 of a value of this rank."""
+    shape = [1] * rank
+    shape[1] = math.prod(value.shape)
+    tracks = tuple(Track(t.labels.reshape(shape), t.weight) for t in value.tracks)
+    return Value(tuple(shape), tracks, value.why)
+
+
+def layer_norm(call: Call) -> Results:
+    """Statistics over the last dimensions mix what stands there."""
+    x = call.value(call["input"])
+    rank, normalized = len(x.shape), len(call["normalized_shape"])
+    tracks = _carried(call, x, range(rank - normalized, rank), "mixes")
+    values = [Value(x.shape, tracks, x.why)]
+    values += [call.value(call[n]) for n in ("weight", "bias") if call[n] is not None]
+    return [join(call, values), *[()] * (len(call.outputs()) - 1)]
+
+
+def group_norm(call: Call) -> Results:
+    """Statistics over groups of channels mix them; with one channel in each group it is an instance norm."""
+    x = call.value(call["input"])
+    rank = len(x.shape)
+    alone = call["group"] == call["C"]
+    mixed = [d for d in range(rank) if d > 1] if alone else list(range(1, rank))
+    values = [Value(x.shape, _carried(call, x, mixed, "mixes"), x.why)]
+    values += [_channel(call.value(call[n]), rank) for n in ("weight", "bias") if call[n] is not None]
+    return [join(call, values), *[()] * (len(call.outputs()) - 1)]
+
+
+def weight_norm(call: Call) -> Results:
+    """w = g v / |v|: the norm runs over every dimension but `dim`."""
+    v, dim = call.value(call["v"]), call["dim"]
+    others = [d for d in range(len(v.shape)) if d != dim % len(v.shape)]
+    tracks = join(
+        call, [Value(v.shape, _carried(call, v, others, "mixes"), v.why), call.value(call["g"])]
+    )
+    return [tracks, *[()] * (len(call.outputs()) - 1)]
+
+
+# --- contractions -------------------------------------------------------------------------------------------
+
+
+def embedding(call: Call) -> Results:
+    """Rows are looked up, columns go on."""
+    weight = call.value(call["weight"])
+    for track in weight.over(0):
+        call.fix(track.labels, "looks up its rows")
+    rank = call.outputs()[0].dim()
+    return [
+        tuple(Track(lb.align(t.labels.reshape(-1), rank)) for t in weight.tracks if t.dims == (1,)),
+        *[()] * (len(call.outputs()) - 1),
+    ]
+
+
+def matrix_product(call: Call, a: Value, b: Value) -> Tracks:
+    """(..., m, k) times (..., k, n), both of the same rank with equal leading dimensions."""
+    rank = len(a.shape)
+    m, k, n = rank - 2, rank - 1, rank - 1
+    inner_a, inner_b = a.over(k), b.over(rank - 2)
+    inner = a.shape[k]
+    left = [t for t in a.tracks if k not in t.dims]
+    right = [t for t in b.tracks if rank - 2 not in t.dims]
+    weight = next((t for t in inner_b if t.weight and t.dims == (rank - 2,)), None)
+    swap = weight is None
+    if swap:
+        weight = next((t for t in inner_a if t.weight and t.dims == (k,)), None)
+    if weight is not None:
+        labels = weight.labels.reshape(-1)
+        others, why = (inner_b, b.why) if swap else (inner_a, a.why)
+        if not others:
+            call.fix(labels, f"takes in a tensor without units ({why})")
+        for t in others:
+            call.equate(labels, t.labels.movedim(rank - 2 if swap else k, -1))
+        for t in inner_a if swap else inner_b:
+            if t is not weight:
+                call.equate(labels, t.labels.movedim(k if swap else rank - 2, -1))
+        call.gate(labels)
+    else:  # two activations: units that go on must not vary over what is summed
+        for t in inner_a:
+            left += _same_over(call, t, k)
+        for t in inner_b:
+            right += _same_over(call, t, rank - 2)
+    batch = [
+        (a.shape[d], d, tuple(t for t in (*left, *right) if d in t.dims)) for d in range(rank - 2)
+    ]
+    middle = (inner, 0, (Track(weight.labels.reshape(-1)),)) if weight is not None else (inner, 0, ())
+    call.price(
+        1,
+        *batch,
+        (a.shape[m], m, tuple(t for t in left if m in t.dims)),
+        middle,
+        (b.shape[n], n, tuple(t for t in right if n in t.dims)),
+    )
+    # every operand has size 1 along the dimension that only the other one has
+    first = Value((*a.shape[:-1], 1), tuple(Track(t.labels, t.weight) for t in left), a.why)
+    second = Value((*b.shape[:-2], 1, b.shape[-1]), tuple(Track(t.labels, t.weight) for t in right), b.why)
+    return join(call, [first, second], keep_weight=True)
+
+
+def _same_over(call: Call, track: Track, dim: int) -> list[Track]:
+    first = track.labels.narrow(dim, 0, 1)
+    call.equate(first, track.labels)
+    if first.numel() == 1:
+        call.fix(first, "sums over its units without a weight")
+        return []
+    return [Track(first)]
+
+
+def mm(call: Call) -> Results:
+    """mm and bmm."""
+    second = call["mat2"]
+    return [matrix_product(call, call.value(call["self"]), call.value(second))]
+
+
+def addmm(call: Call) -> Results:
+    """bias + a @ b (addmm, baddbmm)."""
+    names = ("mat1", "mat2") if "mat1" in call.arguments else ("batch1", "batch2")
+    a, b = (call.value(call[n]) for n in names)
+    product = Value((*a.shape[:-1], b.shape[-1]), matrix_product(call, a, b), a.why)
+    return [join(call, [product, call.value(call["self"])])]
+
+
+def linear(call: Call) -> Results:
+    """x @ W.T + b, where a backend keeps it whole."""
+    x, w = call.value(call["input"]), call.value(call["weight"])
+    rows = Value((math.prod(x.shape[:-1]), x.shape[-1]), _flat(x, (math.prod(x.shape[:-1]), x.shape[-1])), x.why)
+    turned = Value(w.shape[::-1], tuple(Track(t.labels.t(), t.weight) for t in w.tracks), w.why)
+    product = Value((rows.shape[0], w.shape[0]), matrix_product(call, rows, turned), x.why)
+    values = [product] + ([call.value(call["bias"])] if call["bias"] is not None else [])
+    out = Value(product.shape, join(call, values), x.why)
+    return [_flat(out, (*x.shape[:-1], w.shape[0]))]
+
+
+def _flat(value: Value, shape: tuple[int, ...]) -> Tracks:
+    return tuple(Track(lb.reshape(t.labels, value.shape, shape), t.weight) for t in value.tracks)
+
+
+def convolution(call: Call) -> Results:
+    """Convolutions of any rank, plain, grouped, depthwise and transposed.
+
+    Grouped: the same position in every group is one unit. One input channel a group (depthwise, with or without a
+    multiplier): the group is the unit.
+    """
+    x, w, groups, transposed = call.value(call["input"]), call.value(call["weight"]), call["groups"], call["transposed"]
+    out = call.outputs()[0]
+    rank = out.dim()
+    for track in x.tracks:
+        if track.dims != (1,):
+            call.fix(track.labels, "mixes what the units hold")
+    for track in w.tracks:
+        if len(track.dims) > 1 or track.dims[0] > 1:
+            call.fix(track.labels, KERNEL)
+    inputs = next((t for t in x.tracks if 1 in t.dims), None)
+    entering = None if inputs is None else lb.axis(inputs.labels, 1)
+    channels = x.shape[1]
+    first, second = (next((t for t in w.tracks if t.dims == (d,)), None) for d in (0, 1))
+    alone = channels == groups and groups > 1
+    # the weight's labels for what it takes in and what it gives out, each as (labels in place, is a weight's own)
+    taking, giving = (first, second) if transposed else (second, first)
+    given: Tensor | None = None
+    if alone:  # (groups,) in -> (groups, multiplier) out, no sum over channels: no gate
+        rows = None
+        if first is not None:
+            labels = first.labels.reshape(-1)
+            if transposed:
+                rows = labels.reshape(groups, 1).expand(groups, w.shape[1])
+                if second is not None:
+                    call.fix(second.labels, "repeats it for every channel")
+            else:
+                rows = labels.reshape(groups, -1)
+            if entering is None:
+                call.fix(rows, f"takes in a tensor without units ({x.why})")
+            else:
+                call.equate(entering.reshape(groups, 1), rows)
+            given = rows.reshape(-1)
+    else:
+        if taking is not None:
+            labels = taking.labels.reshape(-1)
+            place = labels.reshape(groups, -1) if transposed else labels.reshape(1, -1)
+            if groups > 1:
+                call.equate(place[:1], place)
+            if entering is None:
+                call.fix(labels, f"takes in a tensor without units ({x.why})")
+            else:
+                call.equate(entering.reshape(groups, -1), place)
+            if taking.weight:
+                call.gate(labels)
+            else:
+                call.fix(labels, "takes a weight that no gate can reach: it is computed from its parameters")
+        elif entering is not None:
+            call.fix(entering, "takes one channel a group")
+        if giving is not None:
+            labels = giving.labels.reshape(-1)
+            place = labels.reshape(1, -1).expand(groups, -1) if transposed else labels.reshape(groups, -1)
+            if groups > 1:
+                call.equate(place[:1], place)
+            given = place.reshape(-1)
+    size = x.shape if transposed else tuple(out.shape)
+    spots = size[0] * math.prod(size[2:]) * math.prod(w.shape[2:])
+    call.price(
+        spots,
+        (w.shape[0], 0, () if first is None else (first,)),
+        (w.shape[1], 1, () if second is None or alone else (second,)),
+    )
+    shape = [1] * rank
+    shape[1] = out.shape[1]
+    tracks: Tracks = () if given is None else (Track(given.reshape(shape)),)
+    values = [Value(tuple(out.shape), tracks, w.why)]
+    if call["bias"] is not None:
+        values.append(_channel(call.value(call["bias"]), rank))
+    return [join(call, values)]
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def _table() -> dict[Any, Rule]:
+    table: dict[Any, Rule] = {}
+
+    def add(rule: Rule, *names: str) -> None:
+        for name in names:
+            packet = getattr(aten, name, None)  # a name that this version of torch lacks cannot occur
+            if packet is not None:
+                table[packet] = rule
+
+    add(pointwise, "where", "masked_fill", "masked_fill_", "lerp", "addcmul", "addcdiv", "clamp", "clamp_min")
+    add(pointwise, "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "log_sigmoid_forward", "_prelu_kernel", "bernoulli", "threshold", "hardtanh", "hardtanh_", "nan_to_num")
+    add(divide, "div", "div_")
+    add(same, "clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "to", "_conj", "detach_")
+    add(like, "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+    add(like, "bernoulli_", "zero_", "fill_", "uniform_", "normal_")
+    add(copy, "copy_")
+    add(restrided, "as_strided_")
+    add(dropout, "native_dropout")
+    add(reshaped, "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "flatten", "unflatten", "_reshape_alias")
+    add(reshaped, "squeeze_", "unsqueeze_")
+    add(permuted, "permute", "transpose", "t", "transpose_", "t_", "movedim")
+    add(expanded, "expand")
+    add(along, "select", "unbind", "flip", "roll", "index_select", "diagonal")
+    add(anywhere, "index", "repeat", "pixel_shuffle", "pixel_unshuffle", "gather", "repeat_interleave", "unfold")
+    add(pieces, "slice", "split", "split_with_sizes", "chunk", "narrow", "unsafe_split", "unsafe_chunk")
+    add(concatenated, "cat")
+    add(stacked, "stack")
+    add(padded, "constant_pad_nd")
+    add(shuffled, "channel_shuffle", "native_channel_shuffle")
+    add(spatial(1), "avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "upsample_nearest1d", "_upsample_nearest_exact1d")
+    add(spatial(1), "upsample_linear1d", "reflection_pad1d", "replication_pad1d", "max_pool1d_with_indices")
+    add(spatial(2), "avg_pool2d", "max_pool2d", "max_pool2d_with_indices", "adaptive_max_pool2d", "_adaptive_avg_pool2d")
+    add(spatial(2), "adaptive_avg_pool2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d")
+    add(spatial(2), "upsample_bicubic2d", "_upsample_bilinear2d_aa", "reflection_pad2d", "replication_pad2d")
+    add(spatial(2), "fractional_max_pool2d")
+    add(spatial(3), "avg_pool3d", "max_pool3d", "max_pool3d_with_indices", "adaptive_max_pool3d", "_adaptive_avg_pool3d")
+    add(spatial(3), "upsample_nearest3d", "upsample_trilinear3d", "reflection_pad3d", "replication_pad3d")
+    add(reduced, "mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean", "prod")
+    add(reduced, "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "linalg_vector_norm", "norm", "all")
+    add(reduced, "cumsum", "cumprod", "sort", "topk", "any", "_safe_softmax", "median")
+    add(gated_linear, "glu")
+    add(batch_norm, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
+    add(batch_norm, "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "batch_norm", "_batch_norm_no_update")
+    add(layer_norm, "native_layer_norm")
+    add(group_norm, "native_group_norm")
+    add(weight_norm, "_weight_norm_interface")
+    add(embedding, "embedding")
+    add(mm, "mm", "bmm")
+    add(addmm, "addmm", "baddbmm")
+    add(linear, "linear")
+    add(convolution, "convolution")
+    return table
+
+
+RULES: dict[Any, Rule] = _table()
+
+
+def default(call: Call) -> Results:
+    """Operations that PyTorch itself calls pointwise need no entry; the rest is unknown."""
+    name = call.op.overloadpacket.__name__
+    plain = getattr(aten, name.removesuffix("_"), None)  # in-place twins lack the tag at times
+    overloads = [call.op] + ([getattr(plain, o) for o in plain.overloads()] if name.endswith("_") and plain else [])
+    return pointwise(call) if any(torch.Tag.pointwise in o.tags for o in overloads) else unknown(call)

@@ -1,0 +1,412 @@
+"""One run of the model on its example inputs, with labels carried along by every ATen operation.
+
+The run is eager, under a dispatch mode: any model that runs can be read, whatever its control flow. Rules only
+*collect* what must hold (equalities, fixed labels, prices, places for gates); `units.py` solves it at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from nas_gate.structure import labels as lb
+from nas_gate.structure.labels import Track, Value
+
+
+KERNEL = "has it as the extent of its kernel"
+"""The reason of kernel dimensions, which nobody would look for among the fixed channels."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One labelled dimension of one parameter or buffer: slot i carries the label `start + i`."""
+
+    name: str
+    dim: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Price:
+    """Multiply-accumulates of one operation: `coefficient` times the product of its axes' kept sizes.
+
+    Every axis is (size, dimension, tracks that vary over that dimension).
+    """
+
+    where: str
+    op: str
+    coefficient: int
+    axes: tuple[tuple[int, int, tuple[Track, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Movement:
+    """A movement whose arguments may not fit a cut tensor: `run(cut labels)` must equal the cut of `after`."""
+
+    before: Tensor
+    after: Tensor
+    run: Callable[[Tensor, Tensor], Tensor]
+    reason: str
+
+
+@dataclass
+class Findings:
+    """What one or several runs have found; labels are those of `slots`."""
+
+    slots: list[Labelled] = field(default_factory=list)
+    count: int = 0
+    equal: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    fixed: list[tuple[Tensor, str]] = field(default_factory=list)
+    tracks: list[Tensor] = field(default_factory=list)
+    movements: list[Movement] = field(default_factory=list)
+    gated: list[Tensor] = field(default_factory=list)
+    prices: list[Price] = field(default_factory=list)
+    widths: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    macs: int = 0
+    training: bool = False
+    """Whether a run in training mode took part."""
+
+    def label(self, name: str, shape: Sequence[int]) -> tuple[Track, ...]:
+        """Fresh labels for every dimension of one tensor; a dimension of size 1 has nothing to choose."""
+        tracks = []
+        for dim, size in enumerate(shape):
+            if size > 1:
+                self.slots.append(Labelled(name, dim, self.count, size))
+                ids = torch.arange(self.count, self.count + size)
+                self.count += size
+                tracks.append(Track(ids.reshape([size if d == dim else 1 for d in range(len(shape))]), True))
+        return tuple(tracks)
+
+    def fix(self, labels: Tensor, reason: str) -> None:
+        """Declare that no slot among `labels` can be removed."""
+        labels = labels[labels >= 0]
+        if labels.numel():
+            self.fixed.append((labels.flatten(), reason))
+
+    def equate(self, a: Tensor, b: Tensor, reason: str) -> None:
+        """Declare that labels in the same place (after broadcasting) stand or fall together.
+
+        Where only one of the two has a label, it is fixed with `reason`.
+        """
+        a, b = torch.broadcast_tensors(a, b)
+        both = (a >= 0) & (b >= 0)
+        if bool(both.all()):
+            self.equal.append((a.flatten(), b.flatten()))
+            return
+        self.equal.append((a[both], b[both]))
+        self.fix(a[b < 0], reason)
+        self.fix(b[a < 0], reason)
+
+
+class Call:
+    """One operation of the run, as its rule sees it: arguments by their schema names, values, and findings."""
+
+    def __init__(
+        self, op: Any, arguments: dict[str, Any], out: Any, where: str, values: _Values, findings: Findings
+    ) -> None:
+        self.op, self.arguments, self.out, self.where = op, arguments, out, where
+        self._values, self.findings = values, findings
+
+    @property
+    def name(self) -> str:
+        """The operation and the module that ran it, for reasons."""
+        return f"{self.op.overloadpacket} in {self.where}" if self.where else str(self.op.overloadpacket)
+
+    def __getitem__(self, argument: str) -> Any:
+        return self.arguments[argument]
+
+    def value(self, tensor: Any) -> Value:
+        """The value of one tensor argument (without tracks when it is None)."""
+        return Value(()) if tensor is None else self._values.of(tensor)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensor arguments in order."""
+        return [a for a in pytree.tree_leaves(list(self.arguments.values())) if isinstance(a, Tensor)]
+
+    def outputs(self) -> list[Tensor]:
+        """All tensor results in order."""
+        return [o for o in pytree.tree_leaves(self.out) if isinstance(o, Tensor)]
+
+    def fix(self, labels: Tensor, because: str) -> None:
+        """Fix labels; `because` follows the operation's name in the reason."""
+        self.findings.fix(labels, f"{self.name} {because}")
+
+    def equate(self, a: Tensor, b: Tensor) -> None:
+        """Equate labels place by place; a label that meets an element without one is fixed."""
+        self.findings.equate(a, b, f"{self.name} joins it with a tensor that has no units there")
+
+    def gate(self, labels: Tensor) -> None:
+        """Say that a gate on these slots of a weight removes what they consume."""
+        self.findings.gated.append(labels.flatten())
+
+    def price(self, coefficient: int, *axes: tuple[int, int, tuple[Track, ...]]) -> None:
+        """Record the operation's multiply-accumulates."""
+        self.findings.prices.append(Price(self.where, str(self.op.overloadpacket), coefficient, axes))
+
+    def moves(
+        self, before: Tensor, after: Tensor, run: Callable[[Tensor, Tensor], Tensor], because: str
+    ) -> None:
+        """Ask for a check that this movement commutes with cutting."""
+        self.findings.movements.append(Movement(before, after, run, f"{self.name} {because}"))
+
+
+Rule = Callable[[Call], "Sequence[Sequence[Track]]"]
+"""An operator's rule: reads a call, declares what must hold, returns the tracks of every tensor result."""
+
+
+class _Values:
+    """Values of live tensors."""
+
+    def __init__(self) -> None:
+        self._of: Any = WeakTensorKeyDictionary()
+
+    def of(self, tensor: Tensor) -> Value:
+        value: Value | None = self._of.get(tensor)
+        return Value(tuple(tensor.shape)) if value is None else value
+
+    def set(self, tensor: Tensor, value: Value) -> None:
+        self._of[tensor] = value
+
+
+class _Recorder(TorchDispatchMode):
+    """Runs every operation as it is, then its rule."""
+
+    def __init__(
+        self,
+        values: _Values,
+        findings: Findings,
+        rules: Mapping[Any, Rule],
+        default: Rule,
+        where: Callable[[], str],
+        touched: set[int],
+    ) -> None:
+        super().__init__()
+        self.values, self.findings, self.touched = values, findings, touched
+        self.rules, self.default, self.where = rules, default, where
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        names = [a.name for a in func._schema.arguments]
+        defaults = {
+            a.name: a.default_value for a in func._schema.arguments[len(args) :] if a.name not in kwargs
+        }
+        arguments = {**dict(zip(names, args)), **defaults, **kwargs}
+        call = Call(func, arguments, None, self.where(), self.values, self.findings)
+        inputs = call.tensors()
+        before = [self.values.of(t) for t in inputs]
+        self.touched.update(map(id, inputs))
+        call.out = func(*args, **kwargs)
+        packet = func.overloadpacket
+        if packet in flop_registry:
+            self.findings.macs += flop_registry[packet](*args, **kwargs, out_val=call.out) // 2
+        outputs = call.outputs()
+        if any(v.tracks for v in before):
+            rule = self.rules.get(func, self.rules.get(packet, self.default))
+            results = rule(call)
+        else:
+            results = [()] * len(outputs)
+        why = next((v.why for v in before if not v.tracks and v.why != Value(()).why), None)
+        if any(v.tracks for v in before):
+            why = f"{call.name} comes before"
+        for tensor, tracks in zip(outputs, results):
+            kept = tuple(self._lasting(t, call) for t in tracks)
+            value = Value(tuple(tensor.shape), tuple(t for t in kept if t is not None))
+            self.values.set(tensor, dataclasses.replace(value, why=why) if why else value)
+        return call.out
+
+    def _lasting(self, track: Track, call: Call) -> Track | None:
+        """The track, unless it is the same label everywhere: what one unit alone decides is fixed."""
+        labels = track.labels
+        if labels.numel() == 0:
+            return None
+        if len(track.dims) == 0:
+            call.fix(labels, "picks a single slot")
+            return None
+        if len(track.dims) > 1:
+            self.findings.tracks.append(labels)
+        return track
+
+
+@contextmanager
+def _paths(
+    model: nn.Module, on_call: Callable[[str, nn.Module, tuple[Any, ...]], None]
+) -> Iterator[Callable[[], str]]:
+    """The path of the module that runs now, by hooks on all modules."""
+    names = {m: n for n, m in model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        stack.append(names.get(module, stack[-1] if stack else ""))
+        on_call(stack[-1], module, args)
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        stack.pop()
+
+    with ExitStack() as exits:
+        exits.callback(register_module_forward_pre_hook(enter).remove)
+        exits.callback(register_module_forward_hook(leave, always_call=True).remove)
+        yield lambda: stack[-1] if stack else ""
+
+
+@contextmanager
+def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put the model into evaluation or training mode (norms stay in evaluation mode) and back again."""
+    before = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in before:
+            m.training = training and not isinstance(m, _NormBase)
+        yield
+    finally:
+        for m, was in before:
+            m.training = was
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Give buffers and the random state back as they were."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = list({b.device for b in model.parameters() if b.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """No gradients, no fused attention: what runs are the operations that the rules know and that are counted."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every distinct parameter and buffer by its first name."""
+    seen: dict[int, str] = {}
+    result: dict[str, Tensor] = {}
+    named = [*model.named_parameters(remove_duplicate=True), *model.named_buffers(remove_duplicate=True)]
+    for name, tensor in named:
+        if id(tensor) not in seen:
+            seen[id(tensor)] = name
+            result[name] = tensor
+    return result
+
+
+def output_tensors(out: Any) -> list[Tensor]:
+    """All tensors of a model's output (nested tuples, lists, dicts, dataclasses).
+
+    Raises TypeError for an object whose tensors cannot be found.
+    """
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(out):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found.extend(output_tensors([getattr(leaf, f.name) for f in dataclasses.fields(leaf)]))
+        elif isinstance(leaf, Mapping):
+            found.extend(output_tensors(list(leaf.values())))
+        elif leaf is not None and not isinstance(leaf, (int, float, complex, str, bytes)):
+            raise TypeError(
+                f"the model's output holds a {type(leaf).__name__}, whose tensors cannot be found: return tensors in "
+                "tuples, lists, dicts or dataclasses, or register the class with torch.utils._pytree"
+            )
+    return found
+
+
+def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The model's output on its example inputs; a ValueError that says why where the model rejects them."""
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        got = [tuple(a.shape) for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        raise ValueError(
+            f"the model must run on its example inputs, but {type(model).__name__} rejects tensors of shapes {got}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rules: Mapping[Any, Rule],
+    default: Rule,
+    sized: tuple[type[nn.Module], ...] = (),
+) -> Findings:
+    """Run the model in evaluation mode and collect what its operations demand.
+
+    Where that run leaves parameters unused, a second run in training mode adds what only training uses.
+    `sized` names module types whose input width (dimension 1) is to be recorded.
+    """
+    findings = Findings()
+    tensors = tensors_of(model)
+    tracked = {n: findings.label(n, t.shape) for n, t in tensors.items() if t.is_floating_point()}
+
+    def once(training: bool) -> set[str]:
+        values = _Values()
+        for name, tracks in tracked.items():
+            values.set(tensors[name], Value(tuple(tensors[name].shape), tracks))
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                values.set(leaf, Value(tuple(leaf.shape), (), "it is an input of the model"))
+
+        def width(path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if isinstance(module, sized) and inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() > 1:
+                for track in values.of(inputs[0]).over(1):
+                    findings.widths[path] = lb.axis(track.labels, 1)
+
+        touched: set[int] = set()
+        with unchanged(model), mode_of(model, training), plain_operations(), _paths(model, width) as where:
+            with _Recorder(values, findings, rules, default, where, touched):
+                out = run(model, args, kwargs)
+        for tensor in output_tensors(out):
+            for track in values.of(tensor).tracks:
+                findings.fix(track.labels, "it is an output of the model")
+        return {n for n, t in tensors.items() if id(t) in touched}
+
+    used = once(training=False)
+    findings.parameters = {n: p.numel() for n, p in model.named_parameters()}
+    unused = findings.parameters.keys() - used
+    if unused:
+        macs, prices = findings.macs, list(findings.prices)
+        try:
+            used |= once(training=True)
+            findings.training = True
+        except ValueError as error:
+            warnings.warn(
+                f"nas-gate: {len(unused)} parameters are not used in evaluation mode, and the training mode "
+                f"could not be read: {error}",
+                stacklevel=2,
+            )
+        findings.macs, findings.prices = macs, prices
+    for slots in findings.slots:
+        if slots.name not in used:
+            findings.fix(
+                torch.arange(slots.start, slots.start + slots.size), "the example inputs do not reach it"
+            )
+    return findings

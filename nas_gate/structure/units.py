@@ -1,0 +1,342 @@
+"""From findings to the structure: units, groups, priced terms, and why the rest is fixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from nas_gate.structure import labels as lb
+from nas_gate.structure.trace import KERNEL, Findings, Movement
+
+Ints = npt.NDArray[np.int64]
+FIXED = -1
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one tensor that a group's units have slots in."""
+
+    tensor: str
+    dim: int
+    slots: int
+    """Slots that each unit has there."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that have the same kinds of slots: units `start` to `start + size - 1` of the keep vector."""
+
+    name: str
+    start: int
+    size: int
+    members: tuple[Member, ...]
+
+    @property
+    def stop(self) -> int:
+        """One past the last unit."""
+        return self.start + self.size
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Slots of one dimension that cannot be removed, and why."""
+
+    tensor: str
+    dim: int
+    slots: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The kept size of one axis: `fixed` plus, for every (group, n), n times the group's open units."""
+
+    fixed: int
+    groups: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One priced thing: `coefficient` times the product of its axes' kept sizes."""
+
+    where: str
+    op: str
+    coefficient: int
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The unit of every slot along one dimension of a tensor; -1 where it is fixed (or not gated)."""
+
+    tensor: str
+    dim: int
+    units: Ints
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The frozen record of a model's removable units.
+
+    `slots` says what removal cuts, `gates` which weights' slots gates multiply, `axes` and the terms what it costs
+    (`macs` of one forward pass on the example inputs, `params`), `widths` the units along dimension 1 of the input
+    of modules that keep this size as an attribute only.
+    """
+
+    groups: tuple[Group, ...]
+    slots: tuple[Slots, ...]
+    gates: tuple[Slots, ...]
+    fixed: tuple[Fixed, ...]
+    axes: tuple[Axis, ...]
+    macs: tuple[Term, ...]
+    params: tuple[Term, ...]
+    other_macs: int
+    widths: tuple[Slots, ...]
+    labels: Ints = field(repr=False)
+    """A label of every unit, by which `solve` can be told to fix it."""
+
+    @property
+    def units(self) -> int:
+        """The length of a keep vector."""
+        return self.groups[-1].stop if self.groups else 0
+
+    def group_of_unit(self) -> Ints:
+        """The group index of every unit, shape (units,)."""
+        return np.repeat(np.arange(len(self.groups)), [g.size for g in self.groups])
+
+    def open_units(self, keep: Tensor) -> Ints:
+        """Kept units of every group, shape (groups,)."""
+        if tuple(keep.shape) != (self.units,) or keep.dtype != torch.bool:
+            raise ValueError(
+                f"keep must be boolean with one entry for each of {self.units} units, but is {keep.dtype} of shape "
+                f"{tuple(keep.shape)}"
+            )
+        return np.bincount(
+            self.group_of_unit(), weights=keep.cpu().numpy().astype(float), minlength=len(self.groups)
+        ).astype(np.int64)
+
+
+def solve(findings: Findings, refused: Iterable[tuple[Ints, str]] = ()) -> Structure:
+    """The structure that findings allow; `refused` names labels that a trial has found not removable."""
+    fixes = [*findings.fixed, *((torch.as_tensor(labels), reason) for labels, reason in refused)]
+    equal = list(findings.equal)
+    gated = np.zeros(findings.count, dtype=bool)
+    for labels in findings.gated:
+        gated[labels.numpy()] = True
+    while True:
+        unit, reason = _components(findings.count, equal, fixes)
+        ties, refusals = _rectangles(findings.tracks, torch.from_numpy(unit))
+        if not ties:
+            refusals = _uncut(findings.movements, unit) or _ungated(unit, gated)
+        if not ties and not refusals:
+            axes = _Axes(findings, unit)
+            refusals = [(np_labels, "it is the only unit of its group") for np_labels in axes.lonely()]
+            if not refusals:
+                return _structure(findings, axes, [fixes[r][1] if r >= 0 else "" for r in reason], gated)
+        equal += ties
+        fixes += refusals
+
+
+def _components(
+    count: int, equal: Sequence[tuple[Tensor, Tensor]], fixes: Sequence[tuple[Tensor, str]]
+) -> tuple[Ints, Ints]:
+    """The component of every label (-1 where fixed), and the index of its first reason (-1 where free)."""
+    a, b = (
+        torch.cat([p[i] for p in equal]).numpy() if equal else np.zeros(0, dtype=np.int64) for i in (0, 1)
+    )
+    graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count))
+    components, unit = connected_components(graph, directed=False)
+    unit = unit.astype(np.int64)
+    reason = np.full(components, len(fixes), dtype=np.int64)
+    for i, (labels, _) in enumerate(fixes):
+        where = unit[labels.numpy()]
+        reason[where] = np.minimum(reason[where], i)
+    reason[reason == len(fixes)] = -1
+    return np.where(reason[unit] >= 0, FIXED, unit), reason[unit]
+
+
+def _seen(labels: Tensor, unit: Tensor) -> Tensor:
+    """The unit at every place; -1 where there is no label or it is fixed."""
+    return torch.where(labels >= 0, unit[labels.clamp(min=0)], FIXED)
+
+
+def _rectangles(
+    tracks: Sequence[Tensor], unit: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
+    """Equalities that make every value's cut a rectangle: units vary over one dimension of it at most.
+
+    Of the dimensions that they vary over, the smallest is given up, for that leaves the most units.
+    """
+    wanted = Findings()
+    for labels in tracks:
+        if labels.dim() < 2 or len(varying := [d for d, n in enumerate(lb.compress(_seen(labels, unit)).shape) if n > 1]) < 2:
+            continue
+        dim = min(varying, key=lambda d: labels.shape[d])
+        wanted.equate(labels.narrow(dim, 0, 1), labels, "it stands beside slots without units")
+    return wanted.equal, wanted.fixed
+
+
+def _uncut(movements: Sequence[Movement], unit: Ints) -> list[tuple[Tensor, str]]:
+    """Movements that a random cut shows not to commute with cutting."""
+    keep = np.random.default_rng(0).random(len(unit) + 1) < 0.5
+    kept = torch.from_numpy(np.append((unit == FIXED) | keep[unit], True))  # the last entry stands for no label
+    refusals = []
+    for movement in movements:
+        if bool(kept[movement.before].all()):
+            continue
+        before, after = _cut(movement.before, kept), _cut(movement.after, kept)
+        try:
+            fits = before is not None and after is not None and torch.equal(movement.run(before, after), after)
+        except (RuntimeError, IndexError):  # the arguments do not fit the smaller tensor
+            fits = False
+        if not fits:
+            refusals.append((movement.before[movement.before >= 0], movement.reason))
+    return refusals
+
+
+def _cut(labels: Tensor, kept: Tensor) -> Tensor | None:
+    """The kept rectangle of labels; None where what is kept is no rectangle."""
+    mask = kept[labels]
+    for dim in range(labels.dim()):
+        others = [d for d in range(labels.dim()) if d != dim]
+        index = mask.any(others) if others else mask
+        labels, mask = labels.movedim(dim, 0)[index].movedim(0, dim), mask.movedim(dim, 0)[index].movedim(0, dim)
+    return labels if bool(mask.all()) else None
+
+
+def _ungated(unit: Ints, gated: npt.NDArray[np.bool_]) -> list[tuple[Tensor, str]]:
+    """Units that no weight consumes, so that no gate could close them."""
+    reached = np.zeros(len(unit) + 1, dtype=bool)
+    reached[unit[gated]] = True
+    missing = np.flatnonzero((unit != FIXED) & ~reached[unit])
+    return [(torch.from_numpy(missing), "no weight takes it in")] if len(missing) else []
+
+
+class _Axes:
+    """Every labelled or priced axis as counts of units, and the groups of units that are counted alike."""
+
+    def __init__(self, findings: Findings, unit: Ints) -> None:
+        self.sizes: list[int] = [s.size for s in findings.slots]
+        self.along: list[Ints] = [unit[s.start : s.start + s.size] for s in findings.slots]
+        self.unit, self._unit = unit, torch.from_numpy(unit)
+        self._known: dict[bytes, int] = {}
+        self.priced = [
+            (p, tuple(a for size, dim, tracks in p.axes if (a := self._axis(size, dim, tracks)) is not None))
+            for p in findings.prices
+        ]
+        # units in the order of their first label, renumbered by group
+        _, first, dense = np.unique(unit, return_index=True, return_inverse=True)
+        rows = np.concatenate([np.full(len(a), i) for i, a in enumerate(self.along)] or [np.zeros(0, int)])
+        cols = np.concatenate(self.along) if self.along else np.zeros(0, dtype=np.int64)
+        free = cols != FIXED
+        renumber = {int(unit[f]): d for d, f in enumerate(first)}
+        ids = np.array([renumber[c] for c in cols[free].tolist()], dtype=np.int64)
+        counts = coo_matrix(
+            (np.ones(len(ids), dtype=np.int64), (ids, rows[free])), shape=(len(first), len(self.along))
+        ).tocsr()
+        counts.sum_duplicates()
+        kinds: dict[bytes, list[int]] = {}
+        for u in sorted(set(ids.tolist()), key=lambda u: first[u]):
+            a, b = counts.indptr[u], counts.indptr[u + 1]
+            order = np.argsort(counts.indices[a:b])
+            signature = counts.indices[a:b][order].tobytes() + counts.data[a:b][order].tobytes()
+            kinds.setdefault(signature, []).append(u)
+        self.kinds = list(kinds.values())
+        self.labels = first
+        self.number = np.full(len(unit) + 1, FIXED, dtype=np.int64)
+        position = 0
+        self.counts: list[dict[int, int]] = [{} for _ in self.along]
+        for g, members in enumerate(self.kinds):
+            a, b = counts.indptr[members[0]], counts.indptr[members[0] + 1]
+            for axis, n in zip(counts.indices[a:b].tolist(), counts.data[a:b].tolist()):
+                self.counts[axis][g] = n
+            for u in members:
+                self.number[unit[first[u]]] = position
+                position += 1
+
+    def _axis(self, size: int, dim: int, tracks: Sequence[lb.Track]) -> int | None:
+        """The index of a priced axis, labels as units; None for an axis of size 1."""
+        for track in tracks:
+            seen = lb.compress(_seen(track.labels, self._unit))
+            if seen.shape[dim] > 1:
+                return self._add(lb.axis(seen, dim).numpy())
+        return None if size == 1 else self._add(np.full(size, FIXED, dtype=np.int64))
+
+    def _add(self, units: Ints) -> int:
+        key = units.tobytes()
+        if key not in self._known:
+            self._known[key] = len(self.along)
+            self.along.append(units)
+            self.sizes.append(len(units))
+        return self._known[key]
+
+    def lonely(self) -> list[Tensor]:
+        """Labels of units that are alone in their group: one must stay open, so nothing can be chosen."""
+        return [torch.tensor([int(self.labels[m[0]])]) for m in self.kinds if len(m) == 1]
+
+    def axis(self, index: int) -> Axis:
+        """One axis as counts."""
+        groups = tuple(self.counts[index].items())
+        return Axis(self.sizes[index] - sum(n * len(self.kinds[g]) for g, n in groups), groups)
+
+
+def _structure(
+    findings: Findings, axes: _Axes, reasons: Sequence[str], gated: npt.NDArray[np.bool_]
+) -> Structure:
+    slots, gates, fixed = [], [], []
+    members: list[list[Member]] = [[] for _ in axes.kinds]
+    names: list[str | None] = [None] * len(axes.kinds)
+    for index, labelled in enumerate(findings.slots):
+        units = axes.number[axes.along[index]]
+        span = slice(labelled.start, labelled.start + labelled.size)
+        for g, n in axes.counts[index].items():
+            members[g].append(Member(labelled.name, labelled.dim, n))
+            mine = axes.number[axes.along[index]] >= 0
+            if names[g] is None and not gated[span][mine].all():  # the first that gives them out
+                names[g] = labelled.name.rpartition(".")[0] or labelled.name
+        if (units != FIXED).any():
+            slots.append(Slots(labelled.name, labelled.dim, units))
+            gate = np.where(gated[span], units, FIXED)
+            if (gate != FIXED).any():
+                gates.append(Slots(labelled.name, labelled.dim, gate))
+        for reason in dict.fromkeys(r for r in reasons[span] if r and not r.endswith(KERNEL)):
+            count = sum(r == reason for r in reasons[span])
+            fixed.append(Fixed(labelled.name, labelled.dim, count, labelled.size, reason))
+    groups, start = [], 0
+    for kind, name, of in zip(axes.kinds, names, members):
+        groups.append(Group(name or of[0].tensor, start, len(kind), tuple(of)))
+        start += len(kind)
+    params: list[Term] = []
+    by_tensor: dict[str, list[int]] = {}
+    for index, labelled in enumerate(findings.slots):
+        by_tensor.setdefault(labelled.name, []).append(index)
+    for name, size in findings.parameters.items():
+        indices = by_tensor.get(name, [])
+        params.append(Term(name, "parameter", size // math.prod(axes.sizes[i] for i in indices), tuple(indices)))
+    macs = tuple(Term(p.where, p.op, p.coefficient, a) for p, a in axes.priced)
+    modelled = sum(t.coefficient * math.prod(axes.sizes[a] for a in t.axes) for t in macs)
+    widths = tuple(
+        Slots(path, 1, axes.number[np.where(ids >= 0, axes.unit[np.maximum(ids, 0)], FIXED)])
+        for path, ids in ((p, t.numpy()) for p, t in findings.widths.items())
+    )
+    return Structure(
+        groups=tuple(groups),
+        slots=tuple(slots),
+        gates=tuple(gates),
+        fixed=tuple(fixed),
+        axes=tuple(axes.axis(i) for i in range(len(axes.along))),
+        macs=macs,
+        params=tuple(params),
+        other_macs=findings.macs - modelled,
+        widths=widths,
+        labels=np.array([axes.labels[u] for kind in axes.kinds for u in kind], dtype=np.int64),
+    )

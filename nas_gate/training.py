@@ -1,0 +1,531 @@
+"""Training on Lightning Fabric: one `fit`, one `evaluate`, and the small pieces that they are given.
+
+`fit` owns the loop and nothing else: what is minimised is an objective, what adapts while training is a
+controller, how the learning rate moves is a schedule, what the machine is like is in the Fabric. After every
+epoch the whole state goes to one checkpoint file, and each epoch draws its random numbers from (seed, epoch,
+rank) alone, so that a run killed at any moment continues to bit-for-bit the same result on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits (N, classes), inputs (N, ...), targets (N,)) -> scalar loss."""
+
+Schedule = Callable[[float], float]
+"""Epochs done, fractions included -> factor on every optimiser's own learning rate."""
+
+STEPS_BETWEEN_CHECKS = 50  # reading the loss waits for the device: not at every step
+
+
+class Diverged(RuntimeError):
+    """The loss or the weights became NaN or infinite; the last good checkpoint is still on disk."""
+
+
+class Loader(Protocol):
+    """Batches of (inputs, targets); `set_epoch` chooses the order and the augmentation of the next pass."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass a function of `epoch` alone."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+class Controller(Protocol):
+    """What adapts while a network trains: the target's descent, a gate's temperature, a multiplier."""
+
+    def before_step(self, epoch: float) -> None:
+        """Called before every step with the epochs done, fractions included."""
+
+    def loss(self) -> Tensor:
+        """Scalar to add to the objective."""
+
+    def after_step(self) -> None:
+        """Called after every optimiser step."""
+
+    def figures(self) -> dict[str, float]:
+        """What to record in the history after an epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only: it is stored in the checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`'s result."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Top-1 accuracy in [0, 1] and mean cross-entropy over `examples` examples."""
+
+    accuracy: float
+    loss: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of a history; `seconds` is wall time, `figures` come from the controller."""
+
+    epoch: int
+    loss: float
+    train_accuracy: float
+    accuracy: float
+    seconds: float
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+# --- the machine --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and how to compute; the first four fields are Lightning Fabric's own arguments."""
+
+    accelerator: str = "auto"
+    devices: int | str = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    channels_last: bool = True
+
+
+def connect(hardware: Hardware) -> Fabric:
+    """The launched Fabric of `hardware`; what Fabric does not know it refuses with an error of its own."""
+    fabric = Fabric(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        strategy=hardware.strategy,
+        precision=hardware.precision,  # type: ignore[arg-type]  # checked by Fabric, with the list
+    )
+    fabric.launch()
+    return fabric
+
+
+def place(module: nn.Module, fabric: Fabric, *, channels_last: bool = False) -> nn.Module:
+    """Move `module` in place to Fabric's device, its 4-d weights to channels_last if asked; returns it."""
+    module.to(fabric.device)
+    if channels_last:  # convolutions follow their weight's format, so that inputs need no conversion
+        module.to(memory_format=torch.channels_last)
+    return module
+
+
+def seed_everything(seed: int, *more: int) -> None:
+    """Seed Python, NumPy and PyTorch from the whole of (seed, *more)."""
+    words = np.random.SeedSequence((seed, *more)).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[0]))  # noqa: NPY002  # transforms in loader workers draw from the global one
+    torch.manual_seed(int(words[1]))
+
+
+# --- optimiser and schedule ---------------------------------------------------------------------------------
+
+
+def constant(epochs: float, warmup: float) -> Schedule:
+    """Linear warm-up over `warmup` epochs, then 1."""
+    return lambda epoch: min(1.0, _rise(epoch, warmup))
+
+
+def one_cycle(epochs: float, warmup: float) -> Schedule:
+    """Linear warm-up over `warmup` epochs, then linear down to 0 at `epochs`."""
+    return lambda epoch: min(_rise(epoch, warmup), max(0.0, (epochs - epoch) / max(epochs - warmup, 1e-9)))
+
+
+def cosine(epochs: float, warmup: float) -> Schedule:
+    """Linear warm-up over `warmup` epochs, then half a cosine down to 0 at `epochs`."""
+
+    def factor(epoch: float) -> float:
+        if epoch < warmup:
+            return _rise(epoch, warmup)
+        share = min(1.0, (epoch - warmup) / max(epochs - warmup, 1e-9))
+        return 0.5 * (1 + math.cos(math.pi * share))
+
+    return factor
+
+
+def _rise(epoch: float, warmup: float) -> float:
+    # never 0: a first step at rate 0 would be wasted
+    return max(epoch / warmup, 0.01) if epoch < warmup else 1.0
+
+
+SCHEDULES: dict[str, Callable[[float, float], Schedule]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "one_cycle": one_cycle,
+}
+OPTIMISERS = ("sgd", "adam", "adamw")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained for `epochs` epochs, the learning rate's one cycle included.
+
+    `warmup` is a share of `epochs`; `momentum` is SGD's (with Nesterov's step) or Adam's first beta;
+    `weight_decay` spares parameters of one dimension (biases, norms); `clip_norm` 0 means no clipping.
+    ValueError names the field that is out of its range.
+    """
+
+    epochs: int
+    optimiser: str = "sgd"
+    learning_rate: float = 0.1
+    schedule: str = "one_cycle"
+    warmup: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 0, "`epochs >= 0` must hold", self.epochs)
+        require(self.optimiser in OPTIMISERS, f"`optimiser` must be one of {OPTIMISERS}", self.optimiser)
+        require(self.schedule in SCHEDULES, f"`schedule` must be one of {tuple(SCHEDULES)}", self.schedule)
+        require(self.learning_rate > 0, "`learning_rate > 0` must hold", self.learning_rate)
+        require(0 <= self.warmup < 1, "`0 <= warmup < 1` must hold", self.warmup)
+        require(0 <= self.momentum < 1, "`0 <= momentum < 1` must hold", self.momentum)
+        require(self.weight_decay >= 0, "`weight_decay >= 0` must hold", self.weight_decay)
+        require(0 <= self.label_smoothing < 1, "`0 <= label_smoothing < 1` must hold", self.label_smoothing)
+        require(self.clip_norm >= 0, "`clip_norm >= 0` must hold", self.clip_norm)
+
+    def schedule_function(self) -> Schedule:
+        """The learning-rate factor over the recipe's epochs."""
+        return SCHEDULES[self.schedule](self.epochs, self.warmup * self.epochs)
+
+
+def require(condition: bool, rule: str, value: object) -> None:
+    """ValueError with the rule and the value that broke it."""
+    if not condition:
+        raise ValueError(f"{rule}, but got {value!r}.")
+
+
+def optimiser(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimizer:
+    """The recipe's optimiser over `parameters`, without weight decay where they have one dimension."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if recipe.optimiser == "sgd":
+        nesterov = recipe.momentum > 0
+        return SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=nesterov)
+    adaptive: type[Adam] = {"adam": Adam, "adamw": AdamW}[recipe.optimiser]
+    return adaptive(groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999))
+
+
+# --- objectives ---------------------------------------------------------------------------------------------
+
+
+def classification(label_smoothing: float = 0.0) -> Objective:
+    """Mean cross-entropy with label smoothing."""
+    return lambda logits, inputs, targets: F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+
+def distilled(task: Objective, teacher: nn.Module, *, weight: float, temperature: float) -> Objective:
+    """(1 - weight) task + weight T^2 KL(teacher || student), both softened by T = `temperature`.
+
+    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2. The
+    teacher must lie on the device of the inputs; it is put in eval mode here and gets no gradient.
+    """
+    teacher.eval()
+
+    def objective(logits: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = logits_of(teacher(inputs)).float() / temperature
+        given = F.log_softmax(logits.float() / temperature, dim=-1)
+        soft = F.kl_div(given, F.log_softmax(wanted, dim=-1), reduction="batchmean", log_target=True)
+        return (1 - weight) * task(logits, inputs, targets) + weight * temperature**2 * soft
+
+    return objective
+
+
+def logits_of(output: Any) -> Tensor:
+    """A classifier's logits, also where they come first in a tuple (Inception and GoogLeNet in training)."""
+    logits: Tensor = output if isinstance(output, Tensor) else output[0]
+    return logits
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes `path`'s place when the block ends: whole and on disk, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """What `fit` last stored at `path`, on the CPU; None where there is no file. ValueError if unreadable."""
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"The checkpoint {path} cannot be read ({type(error).__name__}); delete it to start the stage anew."
+        ) from error
+    return state
+
+
+def history_of(state: Mapping[str, Any]) -> list[Epoch]:
+    """The history stored in a checkpoint."""
+    return [Epoch(**entry) for entry in state["history"]]
+
+
+# --- the loop -----------------------------------------------------------------------------------------------
+
+
+def fit(
+    module: nn.Module,
+    train: Loader,
+    validation: Loader,
+    *,
+    fabric: Fabric,
+    optimisers: Sequence[Optimizer],
+    schedule: Schedule,
+    objective: Objective,
+    epochs: range,
+    seed: int = 0,
+    controller: Controller | None = None,
+    clip_norm: float = 0.0,
+    checkpoint: Path | None = None,
+    console: Console | None = None,
+    label: str = "train",
+) -> list[Epoch]:
+    """Train `module` in place and return its history, one `Epoch` for each of `epochs`.
+
+    `epochs` may begin above 0: batch order, random numbers and `schedule` are functions of the epoch's
+    number, so two calls over range(0, a) and range(a, b) share one learning-rate cycle. With `checkpoint`,
+    the state is stored there after every epoch, and a call that finds the file continues after that epoch.
+    `clip_norm` bounds the first optimiser's gradient norm (the weights'; gates come second). Under a
+    distributed strategy every process calls `fit`, with loaders that hold its own share of the examples.
+
+    Raises Diverged when loss or weights are no longer finite: nothing of that epoch is stored.
+    """
+    history: list[Epoch] = []
+    stored = read_checkpoint(checkpoint) if checkpoint is not None else None
+    if stored is not None:
+        module.load_state_dict(stored["module"])
+        history = history_of(stored)
+    wrapped, *stepped = fabric.setup(module, *optimisers)
+    if stored is not None:
+        for made, state in zip(optimisers, stored["optimisers"], strict=True):
+            made.load_state_dict(state)
+        if controller is not None:
+            controller.load_state_dict(stored["controller"])
+    rates = [
+        [group.setdefault("initial_lr", group["lr"]) for group in made.param_groups] for made in optimisers
+    ]
+
+    with _Display(console if fabric.is_global_zero else None, label, epochs, len(train), history) as display:
+        for epoch in epochs[len(history) :]:
+            began = time.monotonic()
+            seed_everything(seed, epoch, fabric.global_rank)
+            train.set_epoch(epoch)
+            wrapped.train()
+            losses: list[Tensor] = []
+            correct = torch.zeros((), dtype=torch.int64, device=fabric.device)
+            examples = 0
+            for step, batch in enumerate(train):
+                inputs, targets = fabric.to_device(batch)
+                moment = epoch + step / len(train)
+                for made, initial in zip(optimisers, rates, strict=True):
+                    for group, rate in zip(made.param_groups, initial, strict=True):
+                        group["lr"] = rate * schedule(moment)
+                if controller is not None:
+                    controller.before_step(moment)
+                logits = logits_of(wrapped(inputs))
+                with fabric.autocast():
+                    loss = objective(logits, inputs, targets)
+                if controller is not None:
+                    loss = loss + controller.loss()
+                fabric.backward(loss)
+                if clip_norm > 0:
+                    fabric.clip_gradients(wrapped, stepped[0], max_norm=clip_norm, error_if_nonfinite=False)
+                for taken in stepped:
+                    taken.step()
+                    taken.zero_grad()
+                if controller is not None:
+                    controller.after_step()
+                losses.append(loss.detach())
+                correct += (logits.detach().argmax(dim=-1) == targets).sum()
+                examples += len(targets)
+                if (step + 1) % STEPS_BETWEEN_CHECKS == 0:
+                    _require_finite_losses(losses, epoch, fabric, checkpoint)
+                display.step()
+            _require_finite_losses(losses, epoch, fabric, checkpoint)
+            _share_buffers(module, fabric)
+            _require_finite_weights(module, epoch, checkpoint)
+            totals = _sum(torch.stack([correct, correct.new_tensor(examples)]).double(), fabric)
+            history.append(
+                Epoch(
+                    epoch=epoch,
+                    loss=float(torch.stack(losses).double().mean()),
+                    train_accuracy=float(totals[0] / totals[1]),
+                    accuracy=evaluate(module, validation, fabric=fabric).accuracy,
+                    seconds=time.monotonic() - began,
+                    figures=controller.figures() if controller is not None else {},
+                )
+            )
+            if checkpoint is not None:
+                if fabric.is_global_zero:
+                    with replacing(checkpoint) as file:
+                        torch.save(
+                            {
+                                "module": module.state_dict(),
+                                "optimisers": [made.state_dict() for made in optimisers],
+                                "controller": controller.state_dict() if controller is not None else {},
+                                "history": [asdict(entry) for entry in history],
+                            },
+                            file,
+                        )
+                fabric.barrier()
+            display.epoch(history[-1])
+    return history
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, loader: Loader, *, fabric: Fabric) -> Evaluation:
+    """Top-1 accuracy and mean cross-entropy of `module` in eval mode; its mode is put back afterwards.
+
+    Under a distributed strategy the examples of every process's loader are counted together.
+    """
+    was_training = module.training
+    module.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=fabric.device)
+    loader.set_epoch(0)
+    for batch in loader:
+        inputs, targets = fabric.to_device(batch)
+        with fabric.autocast():
+            logits = logits_of(module(inputs))
+        logits = logits.float()
+        totals[0] += (logits.argmax(dim=-1) == targets).sum()
+        totals[1] += F.cross_entropy(logits, targets, reduction="sum")
+        totals[2] += len(targets)
+    module.train(was_training)
+    correct, loss, examples = _sum(totals, fabric).tolist()
+    require(examples > 0, "`evaluate` needs at least one example", examples)
+    return Evaluation(accuracy=correct / examples, loss=loss / examples, examples=int(examples))
+
+
+def _sum(totals: Tensor, fabric: Fabric) -> Tensor:
+    return totals if fabric.world_size == 1 else fabric.all_reduce(totals, reduce_op="sum")  # type: ignore[return-value]
+
+
+def _share_buffers(module: nn.Module, fabric: Fabric) -> None:
+    # each process has running statistics of its own share; all must leave the epoch with the stored ones
+    if fabric.world_size > 1:
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
+def _require_finite_losses(losses: list[Tensor], epoch: int, fabric: Fabric, checkpoint: Path | None) -> None:
+    values = _sum(torch.stack(losses).double(), fabric)  # the sum, so that all processes stop together
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        raise Diverged(
+            f"The loss is {float(values[step])} at epoch {epoch + 1}, step {step + 1}. {_kept(checkpoint)}"
+        )
+
+
+def _require_finite_weights(module: nn.Module, epoch: int, checkpoint: Path | None) -> None:
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise Diverged(f"{name!r} is not finite after epoch {epoch + 1}. {_kept(checkpoint)}")
+
+
+def _kept(checkpoint: Path | None) -> str:
+    advice = "Lower the learning rate, lengthen the warm-up or clip gradients."
+    if checkpoint is None or not checkpoint.exists():
+        return advice
+    return f"{advice} The last good epoch is kept in {checkpoint}."
+
+
+class _Display:
+    """A bar on a terminal, one line per epoch elsewhere, nothing without a console."""
+
+    def __init__(
+        self, console: Console | None, label: str, epochs: range, steps: int, history: Sequence[Epoch]
+    ) -> None:
+        self._console = console
+        self._label = label
+        self._epochs = epochs
+        self._bar: Progress | None = None
+        if console is not None and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description:<12}"),
+                BarColumn(),
+                TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task(
+                label,
+                total=len(epochs) * steps,
+                completed=len(history) * steps,
+                epoch=len(history),
+                epochs=len(epochs),
+                status=_status(history[-1]) if history else "",
+            )
+
+    def __enter__(self) -> _Display:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def epoch(self, entry: Epoch) -> None:
+        done = self._epochs.index(entry.epoch) + 1
+        if self._bar is not None:
+            self._bar.update(self._task, epoch=done, status=_status(entry))
+        elif self._console is not None:
+            left = (len(self._epochs) - done) * entry.seconds
+            line = f"{self._label:<12} epoch {done}/{len(self._epochs)}  {_status(entry)}  {left:.0f} s left"
+            self._console.print(line, soft_wrap=True, highlight=False)
+
+
+def _status(entry: Epoch) -> str:
+    cost = ""
+    if {"cost", "target"} <= entry.figures.keys():
+        cost = f"  cost {entry.figures['cost']:.3f} for {entry.figures['target']:.3f}"
+    return f"loss {entry.loss:.3f}  accuracy {entry.accuracy:.2%}{cost}"
