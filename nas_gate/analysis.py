@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,18 @@ from torch import Tensor, nn
 from nas_gate import landing
 from nas_gate.gates import Gate
 from nas_gate.gating import GatedModel, refuse_optimizers_of
-from nas_gate.removal import SIZED, RemovalError, Removed, check, compare, cut_of, remove_units
-from nas_gate.structure import RULES, Findings, Group, Structure, default, solve, trace
+from nas_gate.removal import (
+    SIZED,
+    WHOLE,
+    RemovalError,
+    Removed,
+    check,
+    compare,
+    cut_model,
+    cut_of,
+    remove_units,
+)
+from nas_gate.structure import RULES, Group, Structure, default, solve, trace
 from nas_gate.structure.trace import Rule
 from nas_gate.structure.units import Ints
 
@@ -48,73 +59,87 @@ def analyze(
     """
     args, kwargs = arguments(example_inputs, keywords)
     findings = trace(model, args, kwargs, rules, default, SIZED)
+    for path, module in model.named_modules():
+        for reason in (r for kind, r in WHOLE.items() if isinstance(module, kind)):
+            findings.fix_below(path, reason)
     refused: list[tuple[Ints, str]] = []
     while True:
         structure = solve(findings, refused)
         if not structure.groups:
             return structure
-        try:
-            _attempt(model, structure, structure.groups, args, kwargs, findings)
+        attempt = _Attempt(model, structure, args, kwargs, findings.training)
+        error = attempt(structure.groups)
+        if error is None:
             return structure
+        path, blamed = _around(structure, error.path)
+        culprits = _bisect(attempt, blamed) or [(group, str(error)) for group in blamed]
+        alike = _alike(model, structure, path, [group for group, _ in culprits])
+        if alike and attempt(alike) is not None:
+            culprits += [(group, f"{error} (and so in every {type(model.get_submodule(path)).__name__})") for group in alike]
+        refused += [(structure.labels[g.start : g.stop], reason) for g, reason in culprits]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """Removes a random half of the units of some groups and compares: the error, or None where all is well."""
+
+    model: nn.Module
+    structure: Structure
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    training: bool
+
+    def __call__(self, groups: Sequence[Group]) -> RemovalError | None:
+        generator = np.random.default_rng(0)
+        keep = torch.ones(self.structure.units, dtype=torch.bool)
+        for group in groups:
+            closed = generator.permutation(group.size)[: max(1, group.size // 2)]
+            keep[group.start + closed] = False
+        cut = cut_of(self.structure, keep)
+        small = cut_model(self.model, cut)
+        try:
+            trial = compare(
+                self.model, small, self.structure, cut, keep, self.args, self.kwargs, self.training
+            )
+            check(self.structure, keep, trial)
         except RemovalError as error:
-            blamed = _under(structure, error.path)
-            if blamed and len(blamed) < len(structure.groups):
-                culprits = [(group, str(error)) for group in blamed]
-            else:
-                culprits = _bisect(model, structure, structure.groups, args, kwargs, findings)
-            refused += [(structure.labels[g.start : g.stop], reason) for g, reason in culprits]
+            return error
+        return None
 
 
-def _attempt(
-    model: nn.Module,
-    structure: Structure,
-    groups: Sequence[Group],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    findings: Findings,
-) -> None:
-    """Remove a random half of the units of some groups, and raise RemovalError where the result is wrong."""
-    generator = np.random.default_rng(0)
-    keep = torch.ones(structure.units, dtype=torch.bool)
-    for group in groups:
-        closed = generator.permutation(group.size)[: max(1, group.size // 2)]
-        keep[group.start + closed] = False
-    trial = compare(model, structure, cut_of(structure, keep), keep, args, kwargs, findings.training)
-    check(structure, keep, trial)
-
-
-def _under(structure: Structure, path: str | None) -> list[Group]:
-    """The groups with slots in the module at `path`, or in the nearest module around it that has any."""
+def _around(structure: Structure, path: str | None) -> tuple[str, list[Group]]:
+    """The module at `path`, or the nearest around it that has groups, and its groups; all groups where none has."""
     while path:
         found = [g for g in structure.groups if any(m.tensor.startswith(f"{path}.") for m in g.members)]
         if found:
-            return found
+            return path, found
         path = path.rpartition(".")[0]
-    return []
+    return "", list(structure.groups)
 
 
-def _bisect(
-    model: nn.Module,
-    structure: Structure,
-    groups: Sequence[Group],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    findings: Findings,
-) -> list[tuple[Group, str]]:
-    """The groups that make the trial fail, each with the reason; all of them where only they together do."""
-    try:
-        _attempt(model, structure, groups, args, kwargs, findings)
+def _alike(model: nn.Module, structure: Structure, path: str, culprits: Sequence[Group]) -> list[Group]:
+    """Groups that stand in other modules of the same class as the culprits stand in the module at `path`."""
+
+    def pattern(group: Group, path: str) -> frozenset[tuple[str, int]]:
+        return frozenset((m.tensor.removeprefix(f"{path}."), m.dim) for m in group.members)
+
+    if not path:
         return []
-    except RemovalError as error:
-        if len(groups) == 1:
-            return [(groups[0], str(error))]
-        half = len(groups) // 2
-        parts = [
-            culprit
-            for part in (groups[:half], groups[half:])
-            for culprit in _bisect(model, structure, part, args, kwargs, findings)
-        ]
-        return parts or [(g, str(error)) for g in groups]
+    kind, patterns = type(model.get_submodule(path)), {pattern(g, path) for g in culprits}
+    paths = [p for p, m in model.named_modules() if type(m) is kind and p != path]
+    return [g for p in paths for g in structure.groups if pattern(g, p) in patterns]
+
+
+def _bisect(attempt: _Attempt, groups: Sequence[Group]) -> list[tuple[Group, str]]:
+    """The groups that make the trial fail, each with the reason; all of them where only they together do."""
+    error = attempt(groups)
+    if error is None:
+        return []
+    if len(groups) == 1:
+        return [(groups[0], str(error))]
+    half = len(groups) // 2
+    parts = [culprit for part in (groups[:half], groups[half:]) for culprit in _bisect(attempt, part)]
+    return parts or [(g, str(error)) for g in groups]
 
 
 def attach(

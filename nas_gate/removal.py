@@ -98,6 +98,11 @@ MENDS: dict[type[nn.Module], Mend] = {
 }
 """How modules mend the sizes that they keep as attributes; users add their own types (subclasses are covered)."""
 
+WHOLE: dict[type[nn.Module], str] = {
+    nn.MultiheadAttention: "an nn.MultiheadAttention keeps all its heads",
+}
+"""Modules whose sizes cannot be mended: their parameters are fixed, with this reason."""
+
 SIZED: tuple[type[nn.Module], ...] = (_InstanceNorm,)
 """Modules that may keep their input width without any parameter of that size."""
 
@@ -185,25 +190,23 @@ def relative_error(a: Any, b: Any) -> float:
 
 
 def informative(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors by name, those of one constant value (fresh norms, zero-initialised branches) made random.
+    """Random values for the tensors of one constant value (fresh norms, zero-initialised branches), by name.
 
-    Otherwise a zero branch or a fresh batch norm would hide a wrong cut from a comparison of outputs.
+    Left as they are, a zero branch or a fresh batch norm would hide a wrong cut from a comparison of outputs.
     """
     generator = torch.Generator().manual_seed(0)
-    norms = {f"{n}." if n else "" for n, m in model.named_modules() if isinstance(m, _NormBase)}
+    norms = {n for n, m in model.named_modules() if isinstance(m, _NormBase)}
     result = {}
     for name, tensor in tensors_of(model).items():
-        of_interest = isinstance(tensor, nn.Parameter) or name.rpartition(".")[0] + "." in norms
-        if of_interest and tensor.is_floating_point() and tensor.numel() > 1:
-            value = tensor.detach()
-            first = value.flatten()[0]
-            if bool((value == first).all()):
-                noise = torch.rand(tensor.shape, generator=generator).to(value)
-                scale = float(first)
-                value = scale * (0.5 + noise) if abs(scale) > 1e-2 else 0.6 * noise - 0.3
-            result[name] = value
-        else:
-            result[name] = tensor.detach()
+        learned = isinstance(tensor, nn.Parameter) or name.rpartition(".")[0] in norms
+        if not learned or not tensor.is_floating_point() or tensor.numel() < 2:
+            continue
+        value = tensor.detach()
+        first = value.flatten()[0]
+        if bool((value.flatten()[:8] == first).all()) and bool((value == first).all()):
+            noise = torch.rand(tensor.shape, generator=generator).to(value)
+            scale = float(first)
+            result[name] = scale * (0.5 + noise) if abs(scale) > 1e-2 else 0.6 * noise - 0.3
     return result
 
 
@@ -211,7 +214,7 @@ def informative(model: nn.Module) -> dict[str, Tensor]:
 def _holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with other values in its tensors for a while."""
     own = tensors_of(model)
-    before = {n: own[n].data for n in tensors if own[n].data_ptr() != tensors[n].data_ptr()}
+    before = {n: own[n].data for n in tensors}
     try:
         for name in before:
             own[name].data = tensors[name]
@@ -240,6 +243,7 @@ class RemovalError(RuntimeError):
 
 def compare(
     model: nn.Module,
+    small: nn.Module,
     structure: Structure,
     cut: Cut,
     keep: Tensor,
@@ -247,27 +251,32 @@ def compare(
     kwargs: Mapping[str, Any],
     training: bool = False,
 ) -> Trial:
-    """Cut a copy of the model and compare it with the gated model in evaluation mode.
+    """Compare the gated model with `small`, the model cut by `cut`, in evaluation mode.
 
-    Tensors without information are made random for both, so that statistics of norms are never trivial. With
-    `training` the removed model must run in training mode, too. Raises RemovalError where it does not run.
+    Tensors without information are made random for both meanwhile, so that statistics of norms are never trivial.
+    With `training` the smaller model must run in training mode, too. Raises RemovalError where it does not run.
     """
-    tensors = informative(model)
-    with _holding(model, tensors), unchanged(model), mode_of(model, training=False), plain_operations():
-        small = cut_model(model, cut)
-        dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-        device = next((t.device for t in tensors.values()), torch.device("cpu"))
-        gated = gated_tensors(structure, tensors, keep.to(device, dtype))
-        torch.manual_seed(0)
-        expected = functional_call(model, gated, tuple(args), dict(kwargs))
+    random = informative(model)
+    smaller = {name: cut_tensor(value, cut.slots.get(name, {})) for name, value in random.items()}
+    with ExitStack() as exits:
+        for network, tensors in ((model, random), (small, smaller)):
+            exits.enter_context(_holding(network, tensors))
+            exits.enter_context(unchanged(network))
+            exits.enter_context(mode_of(network, training=False))
+        exits.enter_context(plain_operations())
         torch.manual_seed(0)
         with _blaming(small), FlopCounterMode(display=False) as counter:
             got = small(*args, **kwargs)
         if training:
             with mode_of(small, training=True), _blaming(small):
                 small(*args, **kwargs)
-        params = sum(p.numel() for p in small.parameters())
-        return Trial(relative_error(expected, got), counter.get_total_flops() // 2, params)
+        tensors = tensors_of(model)
+        like = next(t for t in tensors.values() if t.is_floating_point())
+        gated = gated_tensors(structure, tensors, keep.to(like.device, like.dtype))
+        torch.manual_seed(0)
+        expected = functional_call(model, gated, tuple(args), dict(kwargs))
+    params = sum(p.numel() for p in small.parameters())
+    return Trial(relative_error(expected, got), counter.get_total_flops() // 2, params)
 
 
 @contextmanager
@@ -323,6 +332,7 @@ def remove_units(
     if empty:
         raise ValueError(f"at least one unit of every group must be kept, but none is in {empty}")
     cut = cut_of(structure, keep)
-    trial = compare(model, structure, cut, keep, args, kwargs)
+    small = cut_model(model, cut)
+    trial = compare(model, small, structure, cut, keep, args, kwargs)
     check(structure, keep, trial)
-    return Removed(cut_model(model, cut), keep.cpu().clone(), cut, trial.macs, trial.params, trial.error)
+    return Removed(small, keep.cpu().clone(), cut, trial.macs, trial.params, trial.error)

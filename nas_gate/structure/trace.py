@@ -99,6 +99,12 @@ class Findings:
         if labels.numel():
             self.fixed.append((labels.flatten(), reason))
 
+    def fix_below(self, path: str, reason: str) -> None:
+        """Declare that no slot of the parameters of the module at `path` can be removed."""
+        for s in self.slots:
+            if s.name.startswith(f"{path}.") or not path:
+                self.fix(torch.arange(s.start, s.start + s.size), reason)
+
     def equate(self, a: Tensor, b: Tensor, reason: str) -> None:
         """Declare that labels in the same place (after broadcasting) stand or fall together.
 

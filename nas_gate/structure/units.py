@@ -141,7 +141,7 @@ def solve(findings: Findings, refused: Iterable[tuple[Ints, str]] = ()) -> Struc
             axes = _Axes(findings, unit)
             refusals = [(np_labels, "it is the only unit of its group") for np_labels in axes.lonely()]
             if not refusals:
-                return _structure(findings, axes, [fixes[r][1] if r >= 0 else "" for r in reason], gated)
+                return _structure(findings, axes, reason, [text for _, text in fixes], gated)
         equal += ties
         fixes += refusals
 
@@ -233,35 +233,35 @@ class _Axes:
             (p, tuple(a for size, dim, tracks in p.axes if (a := self._axis(size, dim, tracks)) is not None))
             for p in findings.prices
         ]
-        # units in the order of their first label, renumbered by group
-        _, first, dense = np.unique(unit, return_index=True, return_inverse=True)
-        rows = np.concatenate([np.full(len(a), i) for i, a in enumerate(self.along)] or [np.zeros(0, int)])
-        cols = np.concatenate(self.along) if self.along else np.zeros(0, dtype=np.int64)
-        free = cols != FIXED
-        renumber = {int(unit[f]): d for d, f in enumerate(first)}
-        ids = np.array([renumber[c] for c in cols[free].tolist()], dtype=np.int64)
+        # every unit's count along every axis: rows are units in the order of their first label
+        rows = np.concatenate([np.full(len(a), i) for i, a in enumerate(self.along)] or [np.zeros(0, np.int64)])
+        ids = np.concatenate([*self.along, np.zeros(0, np.int64)])
+        free = ids != FIXED
+        components, first = np.unique(unit, return_index=True)
+        place = np.searchsorted(components, ids[free])
         counts = coo_matrix(
-            (np.ones(len(ids), dtype=np.int64), (ids, rows[free])), shape=(len(first), len(self.along))
+            (np.ones(len(place), dtype=np.uint64), (place, rows[free])), shape=(len(first), len(self.along))
         ).tocsr()
         counts.sum_duplicates()
-        kinds: dict[bytes, list[int]] = {}
-        for u in sorted(set(ids.tolist()), key=lambda u: first[u]):
-            a, b = counts.indptr[u], counts.indptr[u + 1]
-            order = np.argsort(counts.indices[a:b])
-            signature = counts.indices[a:b][order].tobytes() + counts.data[a:b][order].tobytes()
-            kinds.setdefault(signature, []).append(u)
-        self.kinds = list(kinds.values())
+        counts.sort_indices()
+        # units are of one group when their rows are equal: compare them by two random 64-bit sums
+        random = np.random.default_rng(0).integers(1, 2**63, size=(len(self.along), 2), dtype=np.uint64)
+        sums = counts @ random
+        used = np.flatnonzero((components != FIXED) & (np.diff(counts.indptr) > 0))
+        used = used[np.argsort(first[used], kind="stable")]
+        _, start, kind = np.unique(sums[used], axis=0, return_index=True, return_inverse=True)
+        order = np.argsort(np.argsort(start, kind="stable"), kind="stable")  # groups by their first unit
+        group = order[kind.reshape(-1)]
+        self.kinds = [used[group == g] for g in range(len(start))]
         self.labels = first
         self.number = np.full(len(unit) + 1, FIXED, dtype=np.int64)
-        position = 0
+        ordered = np.concatenate([*self.kinds, np.zeros(0, np.int64)])
+        self.number[components[ordered]] = np.arange(len(ordered))
         self.counts: list[dict[int, int]] = [{} for _ in self.along]
         for g, members in enumerate(self.kinds):
             a, b = counts.indptr[members[0]], counts.indptr[members[0] + 1]
             for axis, n in zip(counts.indices[a:b].tolist(), counts.data[a:b].tolist()):
-                self.counts[axis][g] = n
-            for u in members:
-                self.number[unit[first[u]]] = position
-                position += 1
+                self.counts[axis][g] = int(n)
 
     def _axis(self, size: int, dim: int, tracks: Sequence[lb.Track]) -> int | None:
         """The index of a priced axis, labels as units; None for an axis of size 1."""
@@ -290,7 +290,7 @@ class _Axes:
 
 
 def _structure(
-    findings: Findings, axes: _Axes, reasons: Sequence[str], gated: npt.NDArray[np.bool_]
+    findings: Findings, axes: _Axes, reason: Ints, texts: Sequence[str], gated: npt.NDArray[np.bool_]
 ) -> Structure:
     slots, gates, fixed = [], [], []
     members: list[list[Member]] = [[] for _ in axes.kinds]
@@ -308,9 +308,10 @@ def _structure(
             gate = np.where(gated[span], units, FIXED)
             if (gate != FIXED).any():
                 gates.append(Slots(labelled.name, labelled.dim, gate))
-        for reason in dict.fromkeys(r for r in reasons[span] if r and not r.endswith(KERNEL)):
-            count = sum(r == reason for r in reasons[span])
-            fixed.append(Fixed(labelled.name, labelled.dim, count, labelled.size, reason))
+        causes, each = np.unique(reason[span], return_counts=True)
+        for cause, count in zip(causes.tolist(), each.tolist()):
+            if cause >= 0 and not texts[cause].endswith(KERNEL):
+                fixed.append(Fixed(labelled.name, labelled.dim, count, labelled.size, texts[cause]))
     groups, start = [], 0
     for kind, name, of in zip(axes.kinds, names, members):
         groups.append(Group(name or of[0].tensor, start, len(kind), tuple(of)))
@@ -338,5 +339,5 @@ def _structure(
         params=tuple(params),
         other_macs=findings.macs - modelled,
         widths=widths,
-        labels=np.array([axes.labels[u] for kind in axes.kinds for u in kind], dtype=np.int64),
+        labels=axes.labels[np.concatenate([*axes.kinds, np.zeros(0, np.int64)])],
     )
