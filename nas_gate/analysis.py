@@ -36,7 +36,9 @@ from nas_gate.structure.units import Ints
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
-def arguments(example_inputs: Inputs, keywords: Mapping[str, Any] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(
+    example_inputs: Inputs, keywords: Mapping[str, Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(positional, keyword) arguments from a tensor, a sequence of positional or a mapping of keyword arguments."""
     if isinstance(example_inputs, Mapping):
         return (), {**example_inputs, **(keywords or {})}
@@ -75,7 +77,9 @@ def analyze(
         culprits = _bisect(attempt, blamed) or [(group, str(error)) for group in blamed]
         alike = _alike(model, structure, path, [group for group, _ in culprits])
         if alike and attempt(alike) is not None:
-            culprits += [(group, f"{error} (and so in every {type(model.get_submodule(path)).__name__})") for group in alike]
+            culprits += [
+                (group, f"{error} (and so in every {type(model.get_submodule(path)).__name__})") for group in alike
+            ]
         refused += [(structure.labels[g.start : g.stop], reason) for g, reason in culprits]
 
 
@@ -98,9 +102,7 @@ class _Attempt:
         cut = cut_of(self.structure, keep)
         small = cut_model(self.model, cut)
         try:
-            trial = compare(
-                self.model, small, self.structure, cut, keep, self.args, self.kwargs, self.training
-            )
+            trial = compare(self.model, small, self.structure, cut, keep, self.args, self.kwargs, self.training)
             check(self.structure, keep, trial)
         except RemovalError as error:
             return error

@@ -155,8 +155,7 @@ def _run(config: DictConfig, run_dir: Path) -> dict[str, Any]:
 
     from nas_gate.search import search
 
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     here = Path.cwd()
     run_dir = run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir
     return search(settings_of(plain), run_dir, cache_dir=Path(plain["cache_dir"]), console=Console())
@@ -278,20 +277,59 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
 
 
 def _inspect(arguments: Sequence[str]) -> None:
-    import torch
-    from rich.console import Console
-
-    from nas_gate import inspect, models
-    from nas_gate.search import refusing
-
     parser = argparse.ArgumentParser(
         "nas-gate inspect",
         description=INSPECT_HELP,
-        epilog=INSPECT_EXAMPLES + f"\n{_groups_help()}",
+        epilog=INSPECT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for nas-gate search")
-    parser.add_argument("--input", metavar="CxHxW", help="size of one input; else the data set is loaded for it")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="model=... data=..., as in search")
+    parser.add_argument("--input", metavar="CxHxW", help="size of one input; without it, the data set is loaded")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--config-dir", metavar="DIR", help="configuration files of your own")
     options = parser.parse_intermixed_args(arguments)
+
+    from nas_gate import analyze, inspect
+    from nas_gate.search import example_input, load_data, refusing, seeded_model
+
+    settings = settings_of(composed(options.overrides, options.config_dir))
+    with refusing():
+        if options.input is None:
+            data = load_data(settings)
+            shape = (data.in_channels, *data.image_size)
+            model, _ = seeded_model(settings, data.in_channels, data.num_classes)
+        else:
+            shape = _shape(options.input)
+            model, _ = seeded_model(settings, shape[0])
+        structure = analyze(model.eval(), example_input(shape))
+    print(json.dumps(inspect.to_json(structure), indent=2) if options.json else inspect.describe(structure))
+
+
+def composed(overrides: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
+    """The resolved configuration that overrides give, as plain values."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    register_resolvers()
+    more = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
+    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = hydra.compose("config", [*overrides, *more])
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    from nas_gate.search import Refused
+
+    sizes = text.split("x")
+    if len(sizes) < 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise Refused(f"`--input` must be sizes joined by x, as in 3x32x32, but is {text!r}.")
+    return tuple(map(int, sizes))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"search": _search, "inspect": _inspect}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,6 +29,9 @@ class CostModel(nn.Module):
     Calling it with `keep` of shape (units,), soft or boolean, gives a scalar float64 tensor, differentiable in keep.
     """
 
+    _group: Tensor
+    _sizes: Tensor
+
     def __init__(self, structure: Structure) -> None:
         super().__init__()
         self.structure = structure
@@ -125,4 +128,4 @@ def count_macs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] 
     """
     with mode_of(model, training=False), plain_operations(), FlopCounterMode(display=False) as counter:
         model(*args, **(kwargs or {}))
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2

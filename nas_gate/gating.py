@@ -27,6 +27,8 @@ class Factors(nn.Module):
     All factors are gathered at once: one index for the whole network, split by weight and dimension.
     """
 
+    _index: Tensor
+
     def __init__(self, structure: Structure, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
         units = structure.units
@@ -58,6 +60,9 @@ class Gates(nn.Module):
     The `minimum` highest gate weights of every group are held open, so that the network is never cut in two; they
     receive the gate's gradient all the same.
     """
+
+    _group: Tensor
+    _start: Tensor
 
     def __init__(self, structure: Structure, function: Gate, minimum: int = 1) -> None:
         super().__init__()
@@ -152,17 +157,7 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def gated_tensors(structure: Structure, tensors: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-    """The weights of the gated model for one keep vector: for `functional_call`."""
-    factors = Factors(structure, {n: tuple(t.shape) for n, t in tensors.items()})
-    device = keep.device
-    gated: dict[str, Tensor] = factors.to(device)(tensors, keep)
-    return gated
-
-
-def penalty(
-    gated: GatedModel, target: float, weight: float = 1.0, power: int = 2, metric: str = "macs"
-) -> Tensor:
+def penalty(gated: GatedModel, target: float, weight: float = 1.0, power: int = 2, metric: str = "macs") -> Tensor:
     """`weight * |target - cost(keep) / cost(all)| ** power`, the loss of arXiv 1904.10921 on the discrete cost.
 
     `target` is the wanted share of the dense cost, in (0, 1].
@@ -186,9 +181,7 @@ class Lagrangian:
 
     def __init__(self, target: float, rate: float = 0.1, metric: str = "macs", multiplier: float = 0.0) -> None:
         if not 0 < target <= 1:
-            raise ValueError(
-                f"`0 < target <= 1` must hold for the share of the dense cost, but got target={target}"
-            )
+            raise ValueError(f"`0 < target <= 1` must hold for the share of the dense cost, but got target={target}")
         if rate <= 0 or multiplier < 0:
             raise ValueError(f"`rate > 0` and `multiplier >= 0` must hold, but got {rate=}, {multiplier=}")
         self.target, self.rate, self.metric, self.multiplier = target, rate, metric, multiplier

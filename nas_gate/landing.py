@@ -28,9 +28,7 @@ def least_units(structure: Structure, round_to: int = 1, minimum: int | Mapping[
     return _rounded(np.minimum(np.array(wanted, dtype=np.int64), sizes), round_to, sizes)
 
 
-def _rounded(
-    counts: npt.NDArray[np.int64], round_to: int, sizes: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
+def _rounded(counts: npt.NDArray[np.int64], round_to: int, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Counts rounded up to a multiple, at most the group's size."""
     return np.minimum(-(-counts // round_to) * round_to, sizes)
 
@@ -60,9 +58,7 @@ def choose(
     units and a multiple of `round_to`, its highest scores. Raises ValueError where the target is out of reach.
     """
     if not 0 < target < 1:
-        raise ValueError(
-            f"`0 < target < 1` must hold for the wanted share of the dense cost, but got target={target}"
-        )
+        raise ValueError(f"`0 < target < 1` must hold for the wanted share of the dense cost, but got target={target}")
     if tuple(scores.shape) != (structure.units,):
         raise ValueError(f"scores must have shape ({structure.units},), but have {tuple(scores.shape)}")
     values = scores.detach().double().cpu().numpy()

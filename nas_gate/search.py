@@ -26,11 +26,12 @@ from torch.optim import Adam
 
 from nas_gate import candidate, models
 from nas_gate import data as datasets
+from nas_gate.analysis import attach, land, remove_with_proof
 from nas_gate.cost import check_metric
 from nas_gate.gates import make_gate
-from nas_gate.gating import GatedModel, Lagrangian, attach, penalty
-from nas_gate.landing import land, reachable
-from nas_gate.removal import Removed, remove_with_proof
+from nas_gate.gating import GatedModel, Lagrangian, penalty
+from nas_gate.landing import reachable
+from nas_gate.removal import Removed
 from nas_gate.training import (
     Controller,
     Epoch,
@@ -267,21 +268,15 @@ class Prepared:
 
 def prepare(settings: Settings) -> Prepared:
     """Load, build and check everything, so that whatever can be refused is refused before any training."""
-    with _refusing():
+    with refusing():
         fabric = connect(settings.hardware)
-        data = datasets.load(settings.data.name, seed=settings.seed, **settings.data.arguments)
-        given = dict(settings.model.arguments)
-        for key, value in (("num_classes", data.num_classes), ("in_channels", data.in_channels)):
-            if models.accepts(settings.model.name, key):
-                given.setdefault(key, value)
-        seed_everything(settings.seed)
-        dense = models.build(settings.model.name, **given)
+        data = load_data(settings)
+        dense, model_arguments = seeded_model(settings, data.in_channels, data.num_classes)
         gate = make_gate(settings.gate.name, **settings.gate.arguments)
         budget = make_budget(settings.budget.name, settings.metric, **settings.budget.arguments)
-        example = torch.zeros(2, data.in_channels, *data.image_size)
-        gated = attach(dense, (example,), gate=gate)
-        lowest = reachable(gated.structure, settings.metric)[0]
-        land(gated, target=settings.target, metric=settings.metric, round_to=settings.round_to)
+        gated = attach(dense.eval(), example_input((data.in_channels, *data.image_size)), gate=gate)
+        lowest = reachable(gated.structure, settings.metric, settings.round_to)[0]
+        land(gated, settings.target, settings.metric, settings.round_to)  # refuses what is out of reach
     train, validation, test = (
         loader.to(fabric.device).shard(fabric.global_rank, fabric.world_size)
         for loader in (data.train, data.validation, data.test)
@@ -292,7 +287,7 @@ def prepare(settings: Settings) -> Prepared:
         train=train,
         validation=validation,
         test=test,
-        model_arguments=given,
+        model_arguments=model_arguments,
         dense=place(dense, fabric, channels_last=settings.hardware.channels_last),
         gated=gated,
         budget=budget,
@@ -300,8 +295,31 @@ def prepare(settings: Settings) -> Prepared:
     )
 
 
+def load_data(settings: Settings) -> datasets.Data:
+    """The data set, split by the settings' seed; raises as `nas_gate.data.load` does."""
+    return datasets.load(settings.data.name, seed=settings.seed, **settings.data.arguments)
+
+
+def seeded_model(
+    settings: Settings, in_channels: int, num_classes: int | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The untrained model and the arguments that it was built with: the settings' own, and what the data give."""
+    arguments = dict(settings.model.arguments)
+    for key, value in (("in_channels", in_channels), ("num_classes", num_classes)):
+        if value is not None and models.accepts(settings.model.name, key):
+            arguments.setdefault(key, value)
+    seed_everything(settings.seed)
+    return models.build(settings.model.name, **arguments), arguments
+
+
+def example_input(shape: tuple[int, ...]) -> Tensor:
+    """One random input of `shape`, with a batch dimension: so costs are those of one example."""
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+
+
 @contextmanager
-def _refusing() -> Iterator[None]:
+def refusing() -> Iterator[None]:
+    """Turn the errors of loading, building and checking into Refused."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
@@ -321,9 +339,7 @@ class Stage:
     params: float
 
 
-def search(
-    settings: Settings, run_dir: Path, *, cache_dir: Path, console: Console | None = None
-) -> dict[str, Any]:
+def search(settings: Settings, run_dir: Path, *, cache_dir: Path, console: Console | None = None) -> dict[str, Any]:
     """Run the trial that `settings` describe in `run_dir` and return its results, also in `result.json` there.
 
     Dense weights are kept in `cache_dir`, for all trials that need the same ones. The results: `accuracy`
@@ -369,7 +385,7 @@ def search(
             costs = [float(gated.cost(gated.keep(), metric)) for metric in ("macs", "params")]
         measure("gated", gated, *costs)
 
-        keep = land(gated, target=settings.target, metric=settings.metric, round_to=settings.round_to)
+        keep = land(gated, settings.target, settings.metric, settings.round_to)
         removed = remove_with_proof(gated, keep)
         place(removed.model, fabric, channels_last=settings.hardware.channels_last)
         measure("landed", removed.model, removed.macs, removed.params)
@@ -390,9 +406,7 @@ def search(
     return result
 
 
-def train_dense(
-    settings: Settings, prepared: Prepared, cache_dir: Path, console: Console | None = None
-) -> list[Epoch]:
+def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console: Console | None = None) -> list[Epoch]:
     """Train `prepared.dense`, or take its weights from the cache; the file there is the fit's checkpoint.
 
     Two processes that want the same weights train them once: the second waits (where the file system has
@@ -529,9 +543,7 @@ def _result(
     return {**result, "path": str(path)}
 
 
-def _save(
-    settings: Settings, prepared: Prepared, removed: Removed, result: Plain, described: Plain
-) -> None:
+def _save(settings: Settings, prepared: Prepared, removed: Removed, result: Plain, described: Plain) -> None:
     candidate.save(
         Path(result["path"]),
         removed.model,
@@ -619,9 +631,7 @@ def _file_name(name: str) -> str:
 
 
 @contextmanager
-def _alone(
-    folder: Path, fabric: Fabric, *, wait: bool = False, console: Console | None = None
-) -> Iterator[None]:
+def _alone(folder: Path, fabric: Fabric, *, wait: bool = False, console: Console | None = None) -> Iterator[None]:
     """Hold `folder` against other runs, which wait or are refused. A killed process lets go by dying."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:

@@ -344,9 +344,7 @@ def fit(
             made.load_state_dict(state)
         if controller is not None:
             controller.load_state_dict(stored["controller"])
-    rates = [
-        [group.setdefault("initial_lr", group["lr"]) for group in made.param_groups] for made in optimisers
-    ]
+    rates = [[group.setdefault("initial_lr", group["lr"]) for group in made.param_groups] for made in optimisers]
 
     with _Display(console if fabric.is_global_zero else None, label, epochs, len(train), history) as display:
         for epoch in epochs[len(history) :]:
@@ -455,9 +453,7 @@ def _require_finite_losses(losses: list[Tensor], epoch: int, fabric: Fabric, che
     bad = (~values.isfinite()).nonzero()
     if len(bad):
         step = int(bad[0])
-        raise Diverged(
-            f"The loss is {float(values[step])} at epoch {epoch + 1}, step {step + 1}. {_kept(checkpoint)}"
-        )
+        raise Diverged(f"The loss is {float(values[step])} at epoch {epoch + 1}, step {step + 1}. {_kept(checkpoint)}")
 
 
 def _require_finite_weights(module: nn.Module, epoch: int, checkpoint: Path | None) -> None:

@@ -182,9 +182,7 @@ def _moved(call: Call, value: Value, dims: Sequence[int]) -> Results:
         disturbed = any(d in track.dims for d in dims)
         for i, moved in enumerate(_apply(call, full)):
             if disturbed:
-                call.moves(
-                    full, moved, lambda cut, want, i=i: _apply(call, cut)[i], "does not commute with cutting"
-                )
+                call.moves(full, moved, lambda cut, want, i=i: _apply(call, cut)[i], "does not commute with cutting")
             results[i].append(Track(lb.compress(moved), track.weight))
     return [tuple(r) for r in results]
 
@@ -199,9 +197,7 @@ def pieces(call: Call) -> Results:
     bounds = _bounds(call, size, outs, dim)
     results: list[list[Track]] = [[] for _ in outs]
     for track in value.tracks:
-        moved = [
-            track.labels.narrow(dim, a, b - a) if dim in track.dims else track.labels for a, b in bounds or []
-        ]
+        moved = [track.labels.narrow(dim, a, b - a) if dim in track.dims else track.labels for a, b in bounds or []]
         if dim not in track.dims:
             for r in results:
                 r.append(track)
@@ -428,9 +424,7 @@ def weight_norm(call: Call) -> Results:
     """w = g v / |v|: the norm runs over every dimension but `dim`."""
     v, dim = call.value(call["v"]), call["dim"]
     others = [d for d in range(len(v.shape)) if d != dim % len(v.shape)]
-    tracks = join(
-        call, [Value(v.shape, _carried(call, v, others, "mixes"), v.why), call.value(call["g"])]
-    )
+    tracks = join(call, [Value(v.shape, _carried(call, v, others, "mixes"), v.why), call.value(call["g"])])
     return [tracks, *[()] * (len(call.outputs()) - 1)]
 
 
@@ -477,9 +471,7 @@ def matrix_product(call: Call, a: Value, b: Value) -> Tracks:
             left += _same_over(call, t, k)
         for t in inner_b:
             right += _same_over(call, t, rank - 2)
-    batch = [
-        (a.shape[d], d, tuple(t for t in (*left, *right) if d in t.dims)) for d in range(rank - 2)
-    ]
+    batch = [(a.shape[d], d, tuple(t for t in (*left, *right) if d in t.dims)) for d in range(rank - 2)]
     middle = (inner, 0, (Track(weight.labels.reshape(-1)),)) if weight is not None else (inner, 0, ())
     call.price(
         1,
@@ -538,7 +530,12 @@ def convolution(call: Call) -> Results:
     Grouped: the same position in every group is one unit. One input channel a group (depthwise, with or without a
     multiplier): the group is the unit.
     """
-    x, w, groups, transposed = call.value(call["input"]), call.value(call["weight"]), call["groups"], call["transposed"]
+    x, w, groups, transposed = (
+        call.value(call["input"]),
+        call.value(call["weight"]),
+        call["groups"],
+        call["transposed"],
+    )
     out = call.outputs()[0]
     rank = out.dim()
     for track in x.tracks:
@@ -621,7 +618,20 @@ def _table() -> dict[Any, Rule]:
                 table[packet] = rule
 
     add(pointwise, "where", "masked_fill", "masked_fill_", "lerp", "addcmul", "addcdiv", "clamp", "clamp_min")
-    add(pointwise, "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "log_sigmoid_forward", "_prelu_kernel", "bernoulli", "threshold", "hardtanh", "hardtanh_", "nan_to_num")
+    add(
+        pointwise,
+        "hardswish",
+        "hardswish_",
+        "hardsigmoid",
+        "hardsigmoid_",
+        "log_sigmoid_forward",
+        "_prelu_kernel",
+        "bernoulli",
+        "threshold",
+        "hardtanh",
+        "hardtanh_",
+        "nan_to_num",
+    )
     add(divide, "div", "div_")
     add(same, "clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "to", "_conj", "detach_")
     add(like, "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
@@ -629,31 +639,108 @@ def _table() -> dict[Any, Rule]:
     add(copy, "copy_")
     add(restrided, "as_strided_")
     add(dropout, "native_dropout")
-    add(reshaped, "view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "flatten", "unflatten", "_reshape_alias")
+    add(
+        reshaped,
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "squeeze",
+        "unsqueeze",
+        "flatten",
+        "unflatten",
+        "_reshape_alias",
+    )
     add(reshaped, "squeeze_", "unsqueeze_")
     add(permuted, "permute", "transpose", "t", "transpose_", "t_", "movedim")
     add(expanded, "expand")
     add(along, "select", "unbind", "flip", "roll", "index_select", "diagonal")
-    add(anywhere, "index", "repeat", "pixel_shuffle", "pixel_unshuffle", "gather", "repeat_interleave", "unfold")
+    add(
+        anywhere,
+        "index",
+        "repeat",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "gather",
+        "repeat_interleave",
+        "unfold",
+    )
     add(pieces, "slice", "split", "split_with_sizes", "chunk", "narrow", "unsafe_split", "unsafe_chunk")
     add(concatenated, "cat")
     add(stacked, "stack")
     add(padded, "constant_pad_nd")
     add(shuffled, "channel_shuffle", "native_channel_shuffle")
-    add(spatial(1), "avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "upsample_nearest1d", "_upsample_nearest_exact1d")
+    add(
+        spatial(1),
+        "avg_pool1d",
+        "max_pool1d",
+        "adaptive_avg_pool1d",
+        "upsample_nearest1d",
+        "_upsample_nearest_exact1d",
+    )
     add(spatial(1), "upsample_linear1d", "reflection_pad1d", "replication_pad1d", "max_pool1d_with_indices")
-    add(spatial(2), "avg_pool2d", "max_pool2d", "max_pool2d_with_indices", "adaptive_max_pool2d", "_adaptive_avg_pool2d")
-    add(spatial(2), "adaptive_avg_pool2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d")
+    add(
+        spatial(2),
+        "avg_pool2d",
+        "max_pool2d",
+        "max_pool2d_with_indices",
+        "adaptive_max_pool2d",
+        "_adaptive_avg_pool2d",
+    )
+    add(
+        spatial(2),
+        "adaptive_avg_pool2d",
+        "upsample_nearest2d",
+        "_upsample_nearest_exact2d",
+        "upsample_bilinear2d",
+    )
     add(spatial(2), "upsample_bicubic2d", "_upsample_bilinear2d_aa", "reflection_pad2d", "replication_pad2d")
     add(spatial(2), "fractional_max_pool2d")
-    add(spatial(3), "avg_pool3d", "max_pool3d", "max_pool3d_with_indices", "adaptive_max_pool3d", "_adaptive_avg_pool3d")
+    add(
+        spatial(3),
+        "avg_pool3d",
+        "max_pool3d",
+        "max_pool3d_with_indices",
+        "adaptive_max_pool3d",
+        "_adaptive_avg_pool3d",
+    )
     add(spatial(3), "upsample_nearest3d", "upsample_trilinear3d", "reflection_pad3d", "replication_pad3d")
-    add(reduced, "mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean", "prod")
-    add(reduced, "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "linalg_vector_norm", "norm", "all")
+    add(
+        reduced,
+        "mean",
+        "sum",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "argmax",
+        "argmin",
+        "var",
+        "std",
+        "var_mean",
+        "prod",
+    )
+    add(
+        reduced,
+        "softmax",
+        "_softmax",
+        "log_softmax",
+        "_log_softmax",
+        "logsumexp",
+        "linalg_vector_norm",
+        "norm",
+        "all",
+    )
     add(reduced, "cumsum", "cumprod", "sort", "topk", "any", "_safe_softmax", "median")
     add(gated_linear, "glu")
     add(batch_norm, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
-    add(batch_norm, "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "batch_norm", "_batch_norm_no_update")
+    add(
+        batch_norm,
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+        "_batch_norm_with_update",
+        "batch_norm",
+        "_batch_norm_no_update",
+    )
     add(layer_norm, "native_layer_norm")
     add(group_norm, "native_group_norm")
     add(weight_norm, "_weight_norm_interface")

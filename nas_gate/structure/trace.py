@@ -165,9 +165,7 @@ class Call:
         """Record the operation's multiply-accumulates."""
         self.findings.prices.append(Price(self.where, str(self.op.overloadpacket), coefficient, axes))
 
-    def moves(
-        self, before: Tensor, after: Tensor, run: Callable[[Tensor, Tensor], Tensor], because: str
-    ) -> None:
+    def moves(self, before: Tensor, after: Tensor, run: Callable[[Tensor, Tensor], Tensor], because: str) -> None:
         """Ask for a check that this movement commutes with cutting."""
         self.findings.movements.append(Movement(before, after, run, f"{self.name} {because}"))
 
@@ -211,9 +209,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         names = [a.name for a in func._schema.arguments]
-        defaults = {
-            a.name: a.default_value for a in func._schema.arguments[len(args) :] if a.name not in kwargs
-        }
+        defaults = {a.name: a.default_value for a in func._schema.arguments[len(args) :] if a.name not in kwargs}
         arguments = {**dict(zip(names, args)), **defaults, **kwargs}
         call = Call(func, arguments, None, self.where(), self.values, self.findings)
         inputs = call.tensors()
@@ -252,9 +248,7 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def _paths(
-    model: nn.Module, on_call: Callable[[str, nn.Module, tuple[Any, ...]], None]
-) -> Iterator[Callable[[], str]]:
+def _paths(model: nn.Module, on_call: Callable[[str, nn.Module, tuple[Any, ...]], None]) -> Iterator[Callable[[], str]]:
     """The path of the module that runs now, by hooks on all modules."""
     names = {m: n for n, m in model.named_modules()}
     stack: list[str] = []
@@ -412,7 +406,5 @@ def trace(
         findings.macs, findings.prices = macs, prices
     for slots in findings.slots:
         if slots.name not in used:
-            findings.fix(
-                torch.arange(slots.start, slots.start + slots.size), "the example inputs do not reach it"
-            )
+            findings.fix(torch.arange(slots.start, slots.start + slots.size), "the example inputs do not reach it")
     return findings

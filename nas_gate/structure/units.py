@@ -150,9 +150,7 @@ def _components(
     count: int, equal: Sequence[tuple[Tensor, Tensor]], fixes: Sequence[tuple[Tensor, str]]
 ) -> tuple[Ints, Ints]:
     """The component of every label (-1 where fixed), and the index of its first reason (-1 where free)."""
-    a, b = (
-        torch.cat([p[i] for p in equal]).numpy() if equal else np.zeros(0, dtype=np.int64) for i in (0, 1)
-    )
+    a, b = (torch.cat([p[i] for p in equal]).numpy() if equal else np.zeros(0, dtype=np.int64) for i in (0, 1))
     graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count))
     components, unit = connected_components(graph, directed=False)
     unit = unit.astype(np.int64)
@@ -169,16 +167,17 @@ def _seen(labels: Tensor, unit: Tensor) -> Tensor:
     return torch.where(labels >= 0, unit[labels.clamp(min=0)], FIXED)
 
 
-def _rectangles(
-    tracks: Sequence[Tensor], unit: Tensor
-) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
+def _rectangles(tracks: Sequence[Tensor], unit: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
     """Equalities that make every value's cut a rectangle: units vary over one dimension of it at most.
 
     Of the dimensions that they vary over, the smallest is given up, for that leaves the most units.
     """
     wanted = Findings()
     for labels in tracks:
-        if labels.dim() < 2 or len(varying := [d for d, n in enumerate(lb.compress(_seen(labels, unit)).shape) if n > 1]) < 2:
+        if (
+            labels.dim() < 2
+            or len(varying := [d for d, n in enumerate(lb.compress(_seen(labels, unit)).shape) if n > 1]) < 2
+        ):
             continue
         dim = min(varying, key=lambda d: labels.shape[d])
         wanted.equate(labels.narrow(dim, 0, 1), labels, "it stands beside slots without units")
@@ -209,7 +208,10 @@ def _cut(labels: Tensor, kept: Tensor) -> Tensor | None:
     for dim in range(labels.dim()):
         others = [d for d in range(labels.dim()) if d != dim]
         index = mask.any(others) if others else mask
-        labels, mask = labels.movedim(dim, 0)[index].movedim(0, dim), mask.movedim(dim, 0)[index].movedim(0, dim)
+        labels, mask = (
+            labels.movedim(dim, 0)[index].movedim(0, dim),
+            mask.movedim(dim, 0)[index].movedim(0, dim),
+        )
     return labels if bool(mask.all()) else None
 
 
