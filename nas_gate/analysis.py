@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nas_gate import landing
 from nas_gate.gates import Gate
-from nas_gate.gating import GatedModel, refuse_optimizers_of
+from nas_gate.gating import GatedModel, plain, refuse_optimizers_of
 from nas_gate.removal import (
     SIZED,
     WHOLE,
@@ -178,7 +178,7 @@ def land(
 def remove_with_proof(gated: GatedModel, keep: Tensor) -> Removed:
     """Remove the units that a boolean keep leaves out; the record holds model, cost and the proof's error."""
     args, kwargs = gated.example_inputs
-    return remove_units(gated.model, gated.structure, keep, args, kwargs)
+    return remove_units(plain(gated.model), gated.structure, keep, args, kwargs)
 
 
 def remove(

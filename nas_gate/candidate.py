@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as parse_weights
+from safetensors.torch import save_file
 from torch import nn
 
 from nas_gate.removal import Cut, cut_model
+from nas_gate.structure.trace import tensors_of
 
 FORMAT, VERSION = "nas-gate candidate", 1
 RECORD, WEIGHTS = "candidate.json", "weights.safetensors"
@@ -50,25 +52,25 @@ def save(
 ) -> Path:
     """Write a candidate: `network` is the removed model, the rest the fields of `Candidate` (JSON-ready values).
 
-    The folder appears whole or not at all; one that exists is replaced. Raises CandidateError for values that JSON
-    or safetensors cannot hold.
+    The folder appears whole or not at all; a candidate that exists there is replaced. Raises CandidateError for
+    values that JSON or safetensors cannot hold, and where something else is in the way.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
+    if folder.exists() and not (folder / RECORD).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CandidateError(f"only a candidate is replaced, but {folder} exists and is none (it has no {RECORD})")
     folder.parent.mkdir(parents=True, exist_ok=True)
     state = network.state_dict()
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise CandidateError(f"a candidate's state must be tensors only, but {strange[0]!r} is not one")
-    canonical: dict[tuple[int, tuple[int, ...], int], str] = {}
-    aliases = {}
-    for name, tensor in state.items():
-        first = canonical.setdefault((tensor.data_ptr(), tuple(tensor.shape), id(tensor.dtype)), name)
-        if first != name and tensor.numel():
-            aliases[name] = first
+    aliases = _aliases(state)
     weights = {n: t.detach().cpu().contiguous().clone() for n, t in state.items() if n not in aliases}
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file(weights, temporary / WEIGHTS)
+        try:
+            save_file(weights, temporary / WEIGHTS)
+        except (KeyError, ValueError) as error:
+            raise CandidateError(f"a candidate's weights must be what safetensors can hold, not {error}") from error
         record = {
             "format": FORMAT,
             "version": VERSION,
@@ -83,8 +85,9 @@ def save(
             "weights_sha256": _digest((temporary / WEIGHTS).read_bytes()),
         }
         try:
+            record = json.loads(json.dumps(record, allow_nan=False))  # what will be read: keys are text from here on
             record["record_sha256"] = _digest(_canonical(record))
-            text = json.dumps(record, indent=1, allow_nan=False)
+            text = json.dumps(record, indent=1)
         except (TypeError, ValueError) as error:
             raise CandidateError(f"a candidate's record must be plain JSON values: {error}") from error
         (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
@@ -99,14 +102,32 @@ def save(
     return folder
 
 
+def _aliases(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Names of tensors that are the same memory as one before, and that one's name."""
+    first: dict[Any, str] = {}
+    aliases = {}
+    for name, tensor in state.items():
+        same = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
+        if same != name and tensor.numel():
+            aliases[name] = same
+    return aliases
+
+
 def _replace(temporary: Path, folder: Path) -> None:
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        folder.rename(old / "old")
+    """Rename `temporary` to `folder`; what was there is put back where that fails."""
+    if not folder.exists():
         temporary.rename(folder)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(folder)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.rename(aside / "old")
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            (aside / "old").rename(folder)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _digest(data: bytes) -> str:
@@ -114,7 +135,7 @@ def _digest(data: bytes) -> str:
 
 
 def _canonical(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
+    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
 
 
 def read(folder: str | os.PathLike[str]) -> Candidate:
@@ -122,13 +143,14 @@ def read(folder: str | os.PathLike[str]) -> Candidate:
     return _read(Path(folder))[0]
 
 
-def _read(folder: Path) -> tuple[Candidate, Mapping[str, str]]:
+def _read(folder: Path) -> tuple[Candidate, dict[str, torch.Tensor]]:
+    """The record and the saved state."""
     path = folder / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CandidateError(f"{folder} is no candidate: {RECORD} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CandidateError(f"{path} is damaged: it is not JSON ({error})") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise CandidateError(f"{path} is not of nas-gate: its format must be {FORMAT!r}")
@@ -139,14 +161,16 @@ def _read(folder: Path) -> tuple[Candidate, Mapping[str, str]]:
         raise CandidateError(f"{path} was altered: its checksum does not match its content")
     weights = folder / WEIGHTS
     try:
-        actual = _digest(weights.read_bytes())
+        data = weights.read_bytes()
     except OSError as error:
         raise CandidateError(f"{weights} cannot be read ({error.strerror})") from error
-    if actual != record["weights_sha256"]:
+    if _digest(data) != record["weights_sha256"]:
         raise CandidateError(f"{weights} is truncated or altered: its checksum does not match {RECORD}")
+    state = parse_weights(data)
+    state.update({alias: state[first] for alias, first in record["aliases"].items()})
     slots = {n: {int(d): tuple(i) for d, i in dims.items()} for n, dims in record["cut"]["slots"].items()}
     cut = Cut(slots, record["cut"]["widths"])
-    return Candidate(record["model"], cut, record["figures"], record["provenance"]), record["aliases"]
+    return Candidate(record["model"], cut, record["figures"], record["provenance"]), state
 
 
 def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -157,16 +181,24 @@ def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module] | None
     CandidateError for a folder that is missing, damaged, altered, or does not fit the model.
     """
     folder = Path(folder)
-    candidate, aliases = _read(folder)
+    candidate, state = _read(folder)
     dense = _registered(folder, candidate.model) if factory is None else factory()
-    state = load_file(folder / WEIGHTS)
-    state.update({alias: state[first] for alias, first in aliases.items()})
     try:
         network = cut_model(dense, candidate.cut)
+        _match_types(network, state)
         network.load_state_dict(state)
     except (ValueError, RuntimeError) as error:
         raise CandidateError(f"{folder} does not fit the model {type(dense).__name__}: {error}") from error
     return network.eval()
+
+
+def _match_types(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Give the network's floating tensors the saved types; buffers outside the state take the type of all, if one."""
+    saved = {t.dtype for t in state.values() if t.is_floating_point()}
+    common = saved.pop() if len(saved) == 1 else None
+    for name, tensor in tensors_of(network).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(state[name].dtype if name in state else common or tensor.dtype)
 
 
 def _registered(folder: Path, model: Mapping[str, Any]) -> nn.Module:
@@ -178,4 +210,7 @@ def _registered(folder: Path, model: Mapping[str, Any]) -> nn.Module:
             f"{folder} is of the model {name!r}, which is not registered: pass the function that makes the dense "
             "model, nas_gate.load(folder, factory=...); names in the file are never imported"
         )
-    return models.build(name, **models.without_weights(name, arguments))
+    try:
+        return models.build(name, **models.without_weights(name, arguments))
+    except (TypeError, ValueError) as error:
+        raise CandidateError(f"{folder} names arguments that the model {name!r} does not take: {error}") from error

@@ -1,4 +1,4 @@
-"""The command line: `nas-gate search` and `nas-gate inspect`. Configuration ends here: below are plain values."""
+"""The command line: `nas-gate search` and `nas-gate inspect`. Configuration ends here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
@@ -35,8 +35,8 @@ Begin with
 """
 
 INSPECT_HELP = """\
-What gates can remove from a model: its groups of units with their sizes, the share of its multiply-accumulates
-that they reach, and for everything else the reason why it is fixed. Nothing is trained.
+What gates can remove from a model: its groups of units with their sizes, the share of its multiply-
+accumulates that they reach, and for everything else the reason why it is fixed. Nothing is trained.
 """
 
 INSPECT_EXAMPLES = """\
@@ -132,9 +132,12 @@ def _search(overrides: Sequence[str]) -> None:
 
     def job(config: DictConfig) -> dict[str, Any] | None:
         sys.argv = command  # what Lightning starts the other processes of a distributed run with
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
         try:
-            return _run(config, Path(HydraConfig.get().runtime.output_dir))
+            return _run(config, run_dir)
         except (Refused, Diverged) as error:
+            with suppress(OSError):
+                run_dir.rmdir()  # Hydra makes it before anything is checked
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # for the sweeper, which counts failures
             failed.append(error)
@@ -171,16 +174,13 @@ def conf_dir() -> Path:
 
 
 def register_resolvers() -> None:
-    """Make `${nas_gate.digest:}` known to OmegaConf: eight digits that follow from all that determines a result."""
+    """Make `${nas_gate.digest:}` known: eight digits that follow from all that determines a result."""
     from omegaconf import OmegaConf
 
     def digest(*, _root_: DictConfig) -> str:
-        chosen = {
-            key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-            for key, value in ((key, _root_[key]) for key in sorted(SETTINGS))
-        }
-        chosen["data"] = {key: value for key, value in chosen["data"].items() if key not in PLACES}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+        whole: Any = OmegaConf.to_container(OmegaConf.masked_copy(_root_, list(SETTINGS)), resolve=True)
+        whole["data"] = {key: value for key, value in whole["data"].items() if key not in PLACES}
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
 
     OmegaConf.register_new_resolver("nas_gate.digest", digest, replace=True)
 
@@ -296,7 +296,7 @@ def _inspect(arguments: Sequence[str]) -> None:
     with refusing():
         if options.input is None:
             data = load_data(settings)
-            shape = (data.in_channels, *data.image_size)
+            shape: tuple[int, ...] = (data.in_channels, *data.image_size)
             model, _ = seeded_model(settings, data.in_channels, data.num_classes)
         else:
             shape = _shape(options.input)

@@ -7,9 +7,11 @@ call by `torch.func.functional_call`, so the model keeps its class and its state
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -52,6 +54,73 @@ class Factors(nn.Module):
             weight = gated.get(name, tensors[name])
             gated[name] = weight * factor.view(shape).to(weight.dtype)
         return gated
+
+
+class _OverKept:
+    """Mixed into the class of a layer norm in a gated model: its statistics run over the kept slots only.
+
+    Closed slots take the mean m of the kept ones, and all is stretched by sqrt(C / K) (K kept of C slots): mean and
+    variance over all C slots are then those of the kept ones. The weight undoes the stretch: see `Norms`.
+    """
+
+    kept: Tensor
+    kept_dim: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        keep = self.kept.view([-1 if d == self.kept_dim % input.dim() else 1 for d in range(input.dim())])
+        mean = (input * keep).sum(self.kept_dim, keepdim=True) / self.kept.sum()
+        stretch = (self.kept.numel() / self.kept.sum()).sqrt()
+        result: Tensor = super().forward(((input * keep + mean * (1 - keep)) * stretch).to(input.dtype))  # type: ignore[misc]
+        return result
+
+
+def normalize_over_kept(module: nn.Module, dim: int, kept: Tensor) -> None:
+    """Let a layer norm take its statistics over the kept slots of its input's dimension `dim`; in place."""
+    kind = type(module)
+    module.__class__ = type(f"{kind.__name__}OverKept", (_OverKept, kind), {"__module__": kind.__module__})
+    module.register_buffer("kept", kept, persistent=False)
+    module.kept_dim = dim  # type: ignore[assignment]
+
+
+def normalize_over_all(module: nn.Module) -> None:
+    """Undo `normalize_over_kept`."""
+    module.__class__ = type(module).__mro__[2]
+    del module._buffers["kept"], module.kept_dim
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model without anything of ours; it shares all tensors with the one given."""
+    if not any(isinstance(m, _OverKept) for m in model.modules()):
+        return model
+    tensors = [*model.parameters(), *model.buffers()]
+    model = copy.deepcopy(model, {id(t): t for t in tensors})
+    for module in model.modules():
+        if isinstance(module, _OverKept):
+            normalize_over_all(module)
+    return model
+
+
+class Norms(nn.Module):
+    """From a keep vector to what layer norms over units need: their kept slots, and their weights."""
+
+    _index: Tensor
+
+    def __init__(self, structure: Structure) -> None:
+        super().__init__()
+        self.paths = [n.tensor for n in structure.norms]
+        self._sizes = [len(n.units) for n in structure.norms]
+        units = np.concatenate([*(n.units for n in structure.norms), np.zeros(0, np.int64)])
+        index = torch.from_numpy(np.where(units >= 0, units, structure.units))
+        self.register_buffer("_index", index, persistent=False)
+
+    def forward(self, weights: Sequence[Tensor], keep: Tensor) -> dict[str, Tensor]:
+        """Buffers and weights by name; `weights` are those of the norms in order."""
+        kept = torch.cat([keep, keep.new_ones(1)]).index_select(0, self._index).split(self._sizes)
+        replaced: dict[str, Tensor] = {}
+        for path, weight, k in zip(self.paths, weights, kept):
+            replaced[f"{path}.kept"] = k
+            replaced[f"{path}.weight"] = weight * k.mean().sqrt().to(weight.dtype)
+        return replaced
 
 
 class Gates(nn.Module):
@@ -119,15 +188,22 @@ class GatedModel(nn.Module):
         self.cost = CostModel(structure)
         self.gates = Gates(structure, TrainableGate() if function is None else function)
         self.factors = Factors(structure, {n: tuple(t.shape) for n, t in _named(model).items()})
+        self.norms = Norms(structure)
+        for norm in structure.norms:
+            module = model.get_submodule(norm.tensor)
+            normalize_over_kept(module, norm.dim, module.get_parameter("weight").detach().new_ones(len(norm.units)))
         self.example_inputs = example_inputs
         device = next((t.device for t in _named(model).values()), None)
-        for part in (self.cost, self.gates, self.factors):
+        for part in (self.cost, self.gates, self.factors, self.norms):
             part.to(device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes when its closed units are gone."""
-        weights = {name: _tensor(self.model, name) for name in self.factors.names}
-        return functional_call(self.model, self.factors(weights, self.gates()), args, kwargs)
+        keep = self.gates()
+        replaced = self.factors({name: _tensor(self.model, name) for name in self.factors.names}, keep)
+        if self.norms.paths:
+            replaced |= self.norms([_tensor(self.model, f"{path}.weight") for path in self.norms.paths], keep)
+        return functional_call(self.model, replaced, args, kwargs)
 
     def keep(self) -> Tensor:
         """The gates' present keep, shape (units,)."""

@@ -71,7 +71,7 @@ def choose(
             f"({round_to=}, {minimum=}, {len(structure.groups)} groups)"
         )
     cost = CostModel(structure)
-    budget = target * cost.total(metric)
+    total = cost.total(metric)
     sizes = np.array([g.size for g in structure.groups], dtype=np.int64)
     group = structure.group_of_unit()
     least = least_units(structure, round_to, minimum)
@@ -82,7 +82,7 @@ def choose(
         return np.maximum(_rounded(left, round_to, sizes), least)
 
     def fits(closed: int) -> bool:
-        return float(cost.of_counts(torch.from_numpy(counts(closed)).double(), metric)) <= budget
+        return float(cost.of_counts(torch.from_numpy(counts(closed)).double(), metric)) / total <= target
 
     low, high = 0, len(values)  # the cost falls with the number of closed units
     while low < high:

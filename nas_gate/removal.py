@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas_gate.cost import METRICS, CostModel
+from nas_gate.gating import normalize_over_all, normalize_over_kept
 from nas_gate.structure import Structure
 from nas_gate.structure.trace import mode_of, output_tensors, plain_operations, tensors_of, unchanged
 
@@ -78,6 +79,11 @@ def _mend_norm(new: Any, old: Any, width: int | None) -> None:
         new.num_features = width
 
 
+def _mend_layer_norm(new: Any, old: Any, width: int | None) -> None:
+    if new.weight is not None:
+        new.normalized_shape = tuple(new.weight.shape)
+
+
 def _mend_embedding(new: Any, old: Any, width: int | None) -> None:
     new.num_embeddings, new.embedding_dim = new.weight.shape
 
@@ -91,6 +97,7 @@ MENDS: dict[type[nn.Module], Mend] = {
     nn.Linear: _mend_linear,
     nn.Bilinear: _mend_bilinear,
     _NormBase: _mend_norm,
+    nn.LayerNorm: _mend_layer_norm,
     nn.Embedding: _mend_embedding,
     nn.PReLU: _mend_prelu,
 }
@@ -290,6 +297,7 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
     """
     own = tensors_of(model)
     saved: list[tuple[Tensor, int, Tensor, Tensor]] = []
+    over_kept: list[nn.Module] = []
     shut = np.append(~keep.cpu().numpy(), False)  # -1, the last entry: slots without a gate
     try:
         for gate in structure.gates:
@@ -297,8 +305,17 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
             index = torch.from_numpy(np.flatnonzero(shut[gate.units])).to(weight.device)
             saved.append((weight, gate.dim, index, weight.index_select(gate.dim, index)))
             weight.index_fill_(gate.dim, index, 0)
+        for norm in structure.norms:
+            module, kept = model.get_submodule(norm.tensor), torch.from_numpy(~shut[norm.units])
+            weight = module.get_parameter("weight").data
+            saved.append((weight, 0, torch.arange(len(weight), device=weight.device), weight.clone()))
+            weight.mul_(float(kept.double().mean().sqrt()))
+            normalize_over_kept(module, norm.dim, kept.to(weight))
+            over_kept.append(module)
         yield
     finally:
+        for module in over_kept:
+            normalize_over_all(module)
         for weight, dim, index, values in reversed(saved):
             weight.index_copy_(dim, index, values)
 

@@ -1,4 +1,4 @@
-"""One trial: dense weights, weights and gates together, landing, removal with proof, fine-tuning, a candidate.
+"""One trial: dense weights, weights and gates together, landing, removal, fine-tuning, a candidate.
 
 Gated training and fine-tuning share one learning-rate cycle: the gates settle while the rate is high, and the
 small network carries the cycle down, so that the epochs spent on gates are epochs of training all the same.
@@ -204,7 +204,7 @@ BUDGETS: dict[str, Callable[..., Budget]] = {"penalty": PenaltyBudget, "lagrangi
 
 
 def make_budget(name: str, metric: str, **arguments: Any) -> Budget:
-    """The budget called `name`; ValueError for an unknown name or value, TypeError for an unknown argument."""
+    """The budget called `name`; ValueError for an unknown name, TypeError for an unknown argument."""
     require(name in BUDGETS, f"`budget` must be one of {tuple(BUDGETS)}", name)
     return BUDGETS[name](metric, **arguments)
 
@@ -303,7 +303,7 @@ def load_data(settings: Settings) -> datasets.Data:
 def seeded_model(
     settings: Settings, in_channels: int, num_classes: int | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The untrained model and the arguments that it was built with: the settings' own, and what the data give."""
+    """The untrained model and the arguments that built it: the settings' own, and what the data give."""
     arguments = dict(settings.model.arguments)
     for key, value in (("in_channels", in_channels), ("num_classes", num_classes)):
         if value is not None and models.accepts(settings.model.name, key):
@@ -340,13 +340,13 @@ class Stage:
 
 
 def search(settings: Settings, run_dir: Path, *, cache_dir: Path, console: Console | None = None) -> dict[str, Any]:
-    """Run the trial that `settings` describe in `run_dir` and return its results, also in `result.json` there.
+    """Run the trial that `settings` describe in `run_dir`; returns its results, also in `result.json` there.
 
     Dense weights are kept in `cache_dir`, for all trials that need the same ones. The results: `accuracy`
-    (validation, last epoch), `test_accuracy` (None if not asked for), `macs`, `params`, `achieved` and `target`
-    (shares of the dense cost in `metric`), `max_relative_error` of the removal, `<stage>_accuracy`,
-    `<stage>_macs` and `<stage>_params` for dense, gated, landed and fine-tuned, `seconds_<stage>` of training,
-    and `path`, the candidate's folder.
+    (validation, last epoch), `test_accuracy` (None if not asked for), `macs`, `params`, `macs_ratio` and
+    `params_ratio` to the dense ones, `achieved` and `target` (in `metric`), `max_relative_error` of the
+    removal, `<stage>_accuracy`, `<stage>_macs` and `<stage>_params` of the stages dense, gated, landed and
+    finetuned, `seconds_<stage>` of training, and `path`, the candidate's folder.
 
     Raises Refused before any training, `training.Diverged` when a loss becomes NaN or infinite.
     """
@@ -588,8 +588,8 @@ def _announce(settings: Settings, prepared: Prepared, console: Console) -> None:
     cost, structure = prepared.gated.cost, prepared.gated.structure
     console.print(
         f"{settings.model.name} on {settings.data.name}: {millions(cost.total('macs'))} MACs, "
-        f"{millions(cost.total('params'))} parameters, {structure.units} units in {len(structure.groups)} groups; "
-        f"target {settings.target} of the {settings.metric} (reachable: from {prepared.lowest:.3f})",
+        f"{millions(cost.total('params'))} parameters, {structure.units} units in {len(structure.groups)} "
+        f"groups; target {settings.target} of the {settings.metric} (reachable: from {prepared.lowest:.3f})",
         soft_wrap=True,
         highlight=False,
     )

@@ -400,13 +400,30 @@ def _channel(value: Value, rank: int) -> Value:
 
 
 def layer_norm(call: Call) -> Results:
-    """Statistics over the last dimensions mix what stands there."""
+    """Statistics over the last dimension, if an nn.LayerNorm takes them, run over the kept slots; else they mix."""
     x = call.value(call["input"])
     rank, normalized = len(x.shape), len(call["normalized_shape"])
-    tracks = _carried(call, x, range(rank - normalized, rank), "mixes")
+    tracks = x.tracks
+    if not all(_is_norm_of_units(call, t) for t in x.over(rank - 1)) or normalized > 1:
+        tracks = _carried(call, x, range(rank - normalized, rank), "mixes")
     values = [Value(x.shape, tracks, x.why)]
     values += [call.value(call[n]) for n in ("weight", "bias") if call[n] is not None]
     return [join(call, values), *[()] * (len(call.outputs()) - 1)]
+
+
+def _is_norm_of_units(call: Call, track: Track) -> bool:
+    """Whether a layer norm's statistics over this track can be taken over kept slots; notes the module if so."""
+    entering, last = call.findings.entering.get(call.where), track.labels.dim() - 1
+    if entering is None or call["weight"] is None or track.dims != (last,):
+        return False
+    labels = lb.axis(track.labels, last)
+    for dim in range(len(entering.shape)):
+        for t in entering.over(dim):
+            if t.dims == (dim,) and torch.equal(lb.axis(t.labels, dim), labels):
+                known = call.findings.norms.setdefault(call.where, (dim, labels))
+                call.equate(known[1], labels)
+                return known[0] == dim
+    return False
 
 
 def group_norm(call: Call) -> Results:

@@ -26,7 +26,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from nas_gate.structure import labels as lb
 from nas_gate.structure.labels import Track, Value
 
-
 KERNEL = "has it as the extent of its kernel"
 """The reason of kernel dimensions, which nobody would look for among the fixed channels."""
 
@@ -77,6 +76,10 @@ class Findings:
     gated: list[Tensor] = field(default_factory=list)
     prices: list[Price] = field(default_factory=list)
     widths: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
+    """Layer norms over units, by path: the dimension of the module's input that is normalised, and its labels."""
+    entering: dict[str, Value] = field(default_factory=dict)
+    """The input of every layer norm that runs."""
     parameters: dict[str, int] = field(default_factory=dict)
     macs: int = 0
     training: bool = False
@@ -379,11 +382,16 @@ def trace(
             if isinstance(module, sized) and inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() > 1:
                 for track in values.of(inputs[0]).over(1):
                     findings.widths[path] = lb.axis(track.labels, 1)
+            if isinstance(module, nn.LayerNorm):
+                findings.entering[path] = values.of(inputs[0]) if inputs else Value(())
 
         touched: set[int] = set()
-        with unchanged(model), mode_of(model, training), plain_operations(), _paths(model, width) as where:
-            with _Recorder(values, findings, rules, default, where, touched):
-                out = run(model, args, kwargs)
+        with ExitStack() as exits:
+            for context in (unchanged(model), mode_of(model, training), plain_operations()):
+                exits.enter_context(context)
+            where = exits.enter_context(_paths(model, width))
+            exits.enter_context(_Recorder(values, findings, rules, default, where, touched))
+            out = run(model, args, kwargs)
         for tensor in output_tensors(out):
             for track in values.of(tensor).tracks:
                 findings.fix(track.labels, "it is an output of the model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,7 +89,8 @@ class Structure:
 
     `slots` says what removal cuts, `gates` which weights' slots gates multiply, `axes` and the terms what it costs
     (`macs` of one forward pass on the example inputs, `params`), `widths` the units along dimension 1 of the input
-    of modules that keep this size as an attribute only.
+    of modules that keep this size as an attribute only, `norms` those along a dimension of the input of modules whose
+    statistics run over units.
     """
 
     groups: tuple[Group, ...]
@@ -101,6 +102,7 @@ class Structure:
     params: tuple[Term, ...]
     other_macs: int
     widths: tuple[Slots, ...]
+    norms: tuple[Slots, ...]
     labels: Ints = field(repr=False)
     """A label of every unit, by which `solve` can be told to fix it."""
 
@@ -327,10 +329,15 @@ def _structure(
         params.append(Term(name, "parameter", size // math.prod(axes.sizes[i] for i in indices), tuple(indices)))
     macs = tuple(Term(p.where, p.op, p.coefficient, a) for p, a in axes.priced)
     modelled = sum(t.coefficient * math.prod(axes.sizes[a] for a in t.axes) for t in macs)
-    widths = tuple(
-        Slots(path, 1, axes.number[np.where(ids >= 0, axes.unit[np.maximum(ids, 0)], FIXED)])
-        for path, ids in ((p, t.numpy()) for p, t in findings.widths.items())
-    )
+
+    def at_modules(labels: Mapping[str, tuple[int, Tensor]]) -> tuple[Slots, ...]:
+        found = []
+        for path, (dim, ids) in labels.items():
+            units = axes.number[_seen(ids, torch.from_numpy(axes.unit)).numpy()]
+            if (units != FIXED).any():
+                found.append(Slots(path, dim, units))
+        return tuple(found)
+
     return Structure(
         groups=tuple(groups),
         slots=tuple(slots),
@@ -340,6 +347,7 @@ def _structure(
         macs=macs,
         params=tuple(params),
         other_macs=findings.macs - modelled,
-        widths=widths,
+        widths=at_modules({path: (1, ids) for path, ids in findings.widths.items()}),
+        norms=at_modules(findings.norms),
         labels=axes.labels[np.concatenate([*axes.kinds, np.zeros(0, np.int64)])],
     )
