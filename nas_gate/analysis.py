@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from nas_gate import landing
 from nas_gate.gates import Gate
@@ -159,7 +160,8 @@ def attach(
     """
     structure = analyze(model, example_inputs, keywords, rules)
     gated = GatedModel(copy.deepcopy(model), structure, gate, arguments(example_inputs, keywords))
-    gated.train(model.training)
+    gated.training = model.training  # the model's own modules keep the modes that they are in
+    gated.gates.train(model.training)
     refuse_optimizers_of(model)
     return gated
 
@@ -177,7 +179,8 @@ def land(
 
 def remove_with_proof(gated: GatedModel, keep: Tensor) -> Removed:
     """Remove the units that a boolean keep leaves out; the record holds model, cost and the proof's error."""
-    args, kwargs = gated.example_inputs
+    device = gated.gates.weight.device
+    args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, gated.example_inputs)
     return remove_units(plain(gated.model), gated.structure, keep, args, kwargs)
 
 

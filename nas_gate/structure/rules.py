@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,6 +90,11 @@ def like(call: Call) -> Results:
     return [tuple(Track(t.labels) for t in call.value(call["self"]).tracks)]
 
 
+def fresh(call: Call) -> Results:
+    """A new tensor of a given size, or none at all: nothing of the argument's elements goes on."""
+    return [()] * len(call.outputs())
+
+
 def restrided(call: Call) -> Results:
     """Another memory layout of the same elements; anything else is unknown."""
     value = call.value(call["self"])
@@ -137,20 +143,22 @@ def expanded(call: Call) -> Results:
     return [tuple(Track(lb.align(t.labels, rank), t.weight) for t in call.value(call["self"]).tracks)]
 
 
-def _arguments(call: Call, labels: Tensor) -> dict[str, Any]:
-    """The call's arguments with `self` replaced, index tensors on the labels' device."""
+def _arguments(call: Call) -> dict[str, Any]:
+    """The call's arguments but `self`, index tensors beside the labels (on the CPU)."""
 
     def local(a: Any) -> Any:
         if isinstance(a, Tensor):
-            return a.to(labels.device)
+            return a.cpu()
         return [local(b) for b in a] if isinstance(a, (list, tuple)) else a
 
-    return {k: labels if k == "self" else local(v) for k, v in call.arguments.items()}
+    return {k: local(v) for k, v in call.arguments.items() if k != "self"}
 
 
-def _apply(call: Call, labels: Tensor) -> list[Tensor]:
-    result = call.op(**_arguments(call, labels))
-    return list(result) if isinstance(result, (list, tuple)) else [result]
+def _apply(op: Any, arguments: dict[str, Any], index: int, labels: Tensor) -> Tensor:
+    """One result of an operation on labels in place of its `self`."""
+    result = op(**{**arguments, "self": labels})
+    moved: Tensor = result[index] if isinstance(result, (list, tuple)) else result
+    return moved
 
 
 def along(call: Call) -> Results:
@@ -174,15 +182,18 @@ def anywhere(call: Call) -> Results:
 
 def _moved(call: Call, value: Value, dims: Sequence[int]) -> Results:
     results: list[list[Track]] = [[] for _ in call.outputs()]
+    arguments = _arguments(call)
     for track in value.tracks:
         full = track.labels.expand(
             [value.shape[d] if d in dims else track.labels.shape[d] for d in range(len(value.shape))]
         )
         # where no touched dimension carries labels, cutting cannot disturb the movement
         disturbed = any(d in track.dims for d in dims)
-        for i, moved in enumerate(_apply(call, full)):
+        for i in range(len(results)):
+            run = partial(_apply, call.op, arguments, i)
+            moved = run(full)
             if disturbed:
-                call.moves(full, moved, lambda cut, want, i=i: _apply(call, cut)[i], "does not commute with cutting")
+                call.moves(full, moved, run, "does not commute with cutting")
             results[i].append(Track(lb.compress(moved), track.weight))
     return [tuple(r) for r in results]
 
@@ -652,6 +663,7 @@ def _table() -> dict[Any, Rule]:
     add(divide, "div", "div_")
     add(same, "clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "to", "_conj", "detach_")
     add(like, "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+    add(fresh, "new_zeros", "new_ones", "new_empty", "new_full", "sym_size", "_assert_tensor_metadata", "is_same_size")
     add(like, "bernoulli_", "zero_", "fill_", "uniform_", "normal_")
     add(copy, "copy_")
     add(restrided, "as_strided_")

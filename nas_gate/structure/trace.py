@@ -59,7 +59,7 @@ class Movement:
 
     before: Tensor
     after: Tensor
-    run: Callable[[Tensor, Tensor], Tensor]
+    run: Callable[[Tensor], Tensor]
     reason: str
 
 
@@ -168,7 +168,7 @@ class Call:
         """Record the operation's multiply-accumulates."""
         self.findings.prices.append(Price(self.where, str(self.op.overloadpacket), coefficient, axes))
 
-    def moves(self, before: Tensor, after: Tensor, run: Callable[[Tensor, Tensor], Tensor], because: str) -> None:
+    def moves(self, before: Tensor, after: Tensor, run: Callable[[Tensor], Tensor], because: str) -> None:
         """Ask for a check that this movement commutes with cutting."""
         self.findings.movements.append(Movement(before, after, run, f"{self.name} {because}"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -196,7 +197,7 @@ def _uncut(movements: Sequence[Movement], unit: Ints) -> list[tuple[Tensor, str]
             continue
         before, after = _cut(movement.before, kept), _cut(movement.after, kept)
         try:
-            fits = before is not None and after is not None and torch.equal(movement.run(before, after), after)
+            fits = before is not None and after is not None and torch.equal(movement.run(before), after)
         except (RuntimeError, IndexError):  # the arguments do not fit the smaller tensor
             fits = False
         if not fits:
@@ -317,8 +318,11 @@ def _structure(
             if cause >= 0 and not texts[cause].endswith(KERNEL):
                 fixed.append(Fixed(labelled.name, labelled.dim, count, labelled.size, texts[cause]))
     groups, start = [], 0
-    for kind, name, of in zip(axes.kinds, names, members):
-        groups.append(Group(name or of[0].tensor, start, len(kind), tuple(of)))
+    taken: Counter[str] = Counter()
+    for kind, known, of in zip(axes.kinds, names, members):
+        name = known or of[0].tensor
+        taken[name] += 1
+        groups.append(Group(name if taken[name] == 1 else f"{name}#{taken[name]}", start, len(kind), tuple(of)))
         start += len(kind)
     params: list[Term] = []
     by_tensor: dict[str, list[int]] = {}
