@@ -193,12 +193,15 @@ def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module] | None
 
 
 def _match_types(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Give the network's floating tensors the saved types; buffers outside the state take the type of all, if one."""
-    saved = {t.dtype for t in state.values() if t.is_floating_point()}
-    common = saved.pop() if len(saved) == 1 else None
-    for name, tensor in tensors_of(network).items():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(state[name].dtype if name in state else common or tensor.dtype)
+    """Give the network's floating tensors the saved types; buffers outside the state change as those in it do."""
+    floating = {n: t for n, t in tensors_of(network).items() if t.is_floating_point()}
+    became: dict[torch.dtype, set[torch.dtype]] = {}
+    for name in floating.keys() & state.keys():
+        became.setdefault(floating[name].dtype, set()).add(state[name].dtype)
+    for name, tensor in floating.items():
+        new = {state[name].dtype} if name in state else became.get(tensor.dtype, set())
+        if len(new) == 1:
+            tensor.data = tensor.data.to(*new)
 
 
 def _registered(folder: Path, model: Mapping[str, Any]) -> nn.Module:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nas_gate.cost import CostModel
@@ -301,10 +302,15 @@ def refuse_optimizers_of(original: nn.Module) -> None:
     Such an optimiser was built before the gates were attached: it holds none of the parameters that receive
     gradients, so that neither weights nor gates would learn. Training the original itself goes on working.
     """
-    if not _left_behind:
-        register_optimizer_step_pre_hook(_refuse_left_behind)
+    _watch_optimizers()
     for parameter in original.parameters():
         _left_behind[parameter] = type(original).__name__
+
+
+@cache
+def _watch_optimizers() -> None:
+    # After the step, for a closure makes its gradients during the step; without any gradient it changed nothing.
+    register_optimizer_step_post_hook(_refuse_left_behind)
 
 
 def _refuse_left_behind(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -183,7 +183,10 @@ def _all_names(model: nn.Module) -> dict[str, Tensor]:
 
 
 def relative_error(a: Any, b: Any) -> float:
-    """The largest difference of two outputs over the largest magnitude of `a`, tensor by tensor; inf where shapes differ."""
+    """The largest difference of two outputs over the largest magnitude of `a`, tensor by tensor.
+
+    inf where shapes differ, nan where an output is not finite.
+    """
     left, right = output_tensors(a), output_tensors(b)
     if [t.shape for t in left] != [t.shape for t in right]:
         return float("inf")
@@ -194,9 +197,9 @@ def relative_error(a: Any, b: Any) -> float:
         x, y = (t.double() if not t.is_complex() else torch.view_as_real(t).double() for t in (x, y))
         scale = float(x.abs().max())
         error = float((x - y).abs().max())
-        worst = max(worst, error / scale if scale > 0 else error)
-        if not np.isfinite(scale):
+        if not np.isfinite(scale + error):
             return float("nan")
+        worst = max(worst, error / scale if scale > 0 else error)
     return worst
 
 

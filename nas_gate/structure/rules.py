@@ -357,12 +357,19 @@ def spatial(rank: int) -> Rule:
 
 
 def _carried(call: Call, value: Value, dims: Sequence[int], verb: str) -> Tracks:
-    """Fix the tracks that vary over `dims`; the others go on."""
+    """Labels that are constant over `dims`: units that vary over them and others are tied, over them alone fixed."""
     result = []
     for track in value.tracks:
-        if set(track.dims) & set(dims):
-            call.fix(track.labels, f"{verb} what the units hold")
-        result.append(Track(track.labels))
+        inside, labels = [d for d in track.dims if d in dims], track.labels
+        if len(inside) == len(track.dims):
+            if inside:
+                call.fix(labels, f"{verb} what the units hold")
+        else:
+            for d in inside:
+                labels = labels.narrow(d, 0, 1)
+            if inside:
+                call.equate(labels, track.labels)
+        result.append(Track(labels))
     return tuple(result)
 
 
@@ -566,23 +573,28 @@ def convolution(call: Call) -> Results:
     )
     out = call.outputs()[0]
     rank = out.dim()
-    for track in x.tracks:
-        if track.dims != (1,):
-            call.fix(track.labels, "mixes what the units hold")
+    others = [d for d in range(rank) if d != 1]
+    inputs = [t for t in _carried(call, x, others, "mixes") if 1 in t.dims]
+    entering = lb.axis(inputs[0].labels, 1) if inputs else None
+    for track in inputs[1:]:
+        call.equate(inputs[0].labels, track.labels)
+    own, kernel = [], range(2, rank)
     for track in w.tracks:
-        if len(track.dims) > 1 or track.dims[0] > 1:
+        if track.dims[0] > 1:
             call.fix(track.labels, KERNEL)
-    inputs = next((t for t in x.tracks if 1 in t.dims), None)
-    entering = None if inputs is None else lb.axis(inputs.labels, 1)
+        else:
+            own += [Track(t.labels, track.weight) for t in _carried(call, Value(w.shape, (track,)), kernel, "mixes")]
     channels = x.shape[1]
-    first, second = (next((t for t in w.tracks if t.dims == (d,)), None) for d in (0, 1))
+    first, second = (next((t for t in own if t.dims == (d,)), None) for d in (0, 1))
     alone = channels == groups and groups > 1
     # the weight's labels for what it takes in and what it gives out, each as (labels in place, is a weight's own)
     taking, giving = (first, second) if transposed else (second, first)
     given: Tensor | None = None
     if alone:  # (groups,) in -> (groups, multiplier) out, no sum over channels: no gate
-        rows = None
-        if first is not None:
+        if first is None:
+            if entering is not None:
+                call.fix(entering, f"takes a weight that has no units there ({w.why})")
+        else:
             labels = first.labels.reshape(-1)
             if transposed:
                 rows = labels.reshape(groups, 1).expand(groups, w.shape[1])
@@ -610,7 +622,7 @@ def convolution(call: Call) -> Results:
             else:
                 call.fix(labels, "takes a weight that no gate can reach: it is computed from its parameters")
         elif entering is not None:
-            call.fix(entering, "takes one channel a group")
+            call.fix(entering, f"takes a weight that has no units there ({w.why})")
         if giving is not None:
             labels = giving.labels.reshape(-1)
             place = labels.reshape(1, -1).expand(groups, -1) if transposed else labels.reshape(groups, -1)
