@@ -160,12 +160,13 @@ def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
     small = copy.deepcopy(model, memo)
     changed = {name.rpartition(".")[0] for name, old in tensors.items() if id(old) in memo}
     before = dict(model.named_modules())
-    for path, module in small.named_modules():
-        if path in changed or path in cut.widths or _parametrized_below(path, changed):
-            for kind in type(module).__mro__:
-                if kind in MENDS:
-                    MENDS[kind](module, before[path], cut.widths.get(path))
-                    break
+    with mode_of(small, training=False):  # reading a parametrized weight may change its buffers in training mode
+        for path, module in small.named_modules():
+            if path in changed or path in cut.widths or _parametrized_below(path, changed):
+                for kind in type(module).__mro__:
+                    if kind in MENDS:
+                        MENDS[kind](module, before[path], cut.widths.get(path))
+                        break
     for parameter in small.parameters():
         parameter.grad = None
     return small

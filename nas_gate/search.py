@@ -364,7 +364,7 @@ def search(settings: Settings, run_dir: Path, *, cache_dir: Path, console: Conso
     fabric, gated = prepared.fabric, prepared.gated
     if not fabric.is_global_zero:
         console = None
-    with _alone(run_dir, fabric):
+    with held(run_dir, fabric):
         if fabric.is_global_zero:
             _write_json(run_dir / "settings.json", described)
         if console is not None:
@@ -423,7 +423,7 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder = cache_dir / f"{_file_name(settings.model.name)}-{_file_name(settings.data.name)}-{digest}"
-    with _alone(folder, prepared.fabric, wait=True, console=console):
+    with held(folder, prepared.fabric, wait=True, console=console):
         if prepared.fabric.is_global_zero:
             _write_json(folder / "dense.json", key)
         return fit(
@@ -631,7 +631,7 @@ def _file_name(name: str) -> str:
 
 
 @contextmanager
-def _alone(folder: Path, fabric: Fabric, *, wait: bool = False, console: Console | None = None) -> Iterator[None]:
+def held(folder: Path, fabric: Fabric, *, wait: bool = False, console: Console | None = None) -> Iterator[None]:
     """Hold `folder` against other runs, which wait or are refused. A killed process lets go by dying."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:

@@ -119,9 +119,7 @@ def test_stratified_split_by_hand(seed):
 
 
 def test_stratified_split_largest_remainder():
-    labels = torch.tensor(
-        [0] * 14 + [1] * 16 + [2] * 10
-    )  # shares 3.5, 4, 2.5 of 10: one of the halves rounds up
+    labels = torch.tensor([0] * 14 + [1] * 16 + [2] * 10)  # shares 3.5, 4, 2.5 of 10: one of the halves rounds up
     assert torch.bincount(labels[stratified_split(labels, 0.25, 0)[1]]).tolist() == [4, 4, 2]
 
 
@@ -190,9 +188,7 @@ def test_to_gives_a_new_loader_on_the_device():
 # Shards
 
 
-@pytest.mark.parametrize(
-    ("size", "batch_size", "world_size"), [(50, 8, 2), (50, 12, 3), (49, 16, 4), (33, 8, 4)]
-)
+@pytest.mark.parametrize(("size", "batch_size", "world_size"), [(50, 8, 2), (50, 12, 3), (49, 16, 4), (33, 8, 4)])
 def test_shards_cover_the_set_once_in_equally_many_steps(size, batch_size, world_size):
     whole = Schedule(size, batch_size, shuffle=True, seed=2)
     shards = [whole.shard(rank, world_size) for rank in range(world_size)]
@@ -452,9 +448,7 @@ def test_npz_uint8_without_channels(tmp_path):
         batch_size=6,
     )
     assert (d.in_channels, d.image_size) == (1, (6, 5))
-    torch.testing.assert_close(
-        read_back(d)[:, 0], torch.from_numpy(x["x_test"][..., 0]).float(), rtol=0, atol=1e-3
-    )
+    torch.testing.assert_close(read_back(d)[:, 0], torch.from_numpy(x["x_test"][..., 0]).float(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f8", "f2"])
@@ -464,9 +458,7 @@ def test_npz_floating_channels_first(tmp_path, dtype):
     saved(tmp_path, **x, y_train=(np.arange(40) % 4).astype(np.uint8))
     d = load("npz", root=tmp_path, path="set.npz", batch_size=6)
     assert d.train.x.dtype == torch.float32
-    torch.testing.assert_close(
-        read_back(d), torch.from_numpy(x["x_test"].astype(np.float32)), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(read_back(d), torch.from_numpy(x["x_test"].astype(np.float32)), rtol=0, atol=1e-5)
 
 
 def test_npz_root_by_environment(tmp_path, monkeypatch):
@@ -594,9 +586,7 @@ def write_cifar(folder, names, key):
     folder.mkdir()
     x = np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
     for name in names:
-        (folder / name).write_bytes(
-            pickle.dumps({"data": x.reshape(20, -1), key: [n % 10 for n in range(20)]})
-        )
+        (folder / name).write_bytes(pickle.dumps({"data": x.reshape(20, -1), key: [n % 10 for n in range(20)]}))
     return torch.from_numpy(x)
 
 

@@ -51,9 +51,7 @@ SHAPE_ARGUMENTS = {**{name: name for name in SHAPES}, "steep": steep}
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     **{
-        f"trainable-{form}-{name}": lambda shape=shape, form=form: make_gate(
-            "trainable", shape=shape, form=form
-        )
+        f"trainable-{form}-{name}": lambda shape=shape, form=form: make_gate("trainable", shape=shape, form=form)
         for form in ("limit", "finite")
         for name, shape in SHAPE_ARGUMENTS.items()
     },
@@ -297,9 +295,7 @@ class TestTrainableGate:
     @pytest.mark.parametrize("name", SHAPE_ARGUMENTS)
     def test_limit_form_differentiates_twice(self, name):
         weight = torch.tensor([-0.7, -0.2, 0.3, 0.6], dtype=torch.float64, requires_grad=True)
-        (first,) = torch.autograd.grad(
-            TrainableGate(SHAPE_ARGUMENTS[name])(weight).sum(), weight, create_graph=True
-        )
+        (first,) = torch.autograd.grad(TrainableGate(SHAPE_ARGUMENTS[name])(weight).sum(), weight, create_graph=True)
         # Added to 0 * w, for the constant shape's derivative does not depend on w at all.
         (second,) = torch.autograd.grad((first + 0 * weight).sum(), weight)
         expected = torch.tensor([SHAPE_SLOPES[name](w) for w in weight.tolist()], dtype=torch.float64)
@@ -328,8 +324,7 @@ class TestTrainableGate:
         numeric = central_difference(gate, weight, 1e-3 / m)
         torch.testing.assert_close(slope, numeric, rtol=1e-5, atol=1e-5)
         formula = [
-            SHAPE_VALUES[name](w) + (m * w - math.floor(m * w)) / m * SHAPE_SLOPES[name](w)
-            for w in weight.tolist()
+            SHAPE_VALUES[name](w) + (m * w - math.floor(m * w)) / m * SHAPE_SLOPES[name](w) for w in weight.tolist()
         ]
         torch.testing.assert_close(slope, torch.tensor(formula, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
@@ -464,9 +459,7 @@ class TestAnnealedSigmoid:
         soft = 1 / (1 + torch.exp(-weight / temperature))
         # The temperature is float32, as the progress buffer is.
         torch.testing.assert_close(gate(weight), soft, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(
-            derivative(gate, weight), soft * (1 - soft) / temperature, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(derivative(gate, weight), soft * (1 - soft) / temperature, rtol=1e-4, atol=1e-5)
 
     def test_hardens_with_progress(self):
         gate = AnnealedSigmoid()
@@ -489,9 +482,7 @@ class TestTemperatures:
 
     @pytest.mark.parametrize("start", [-1.0, 0.1, math.inf, math.nan])
     def test_start_must_not_lie_below_end(self, name, start):
-        with pytest.raises(
-            ValueError, match=rf"must hold, but got \(temperature_start={start}, temperature_end=0.2"
-        ):
+        with pytest.raises(ValueError, match=rf"must hold, but got \(temperature_start={start}, temperature_end=0.2"):
             make_gate(name, temperature_start=start, temperature_end=0.2)
 
 

@@ -185,9 +185,7 @@ def test_zero_pad_shortcut_equals_pad(channels: int, out: int, stride: int) -> N
             assert y.is_contiguous(memory_format=layout)
             assert torch.equal(y, expected)
             weight = torch.randn_like(y)
-            assert torch.equal(
-                torch.autograd.grad(y, x, weight)[0], torch.autograd.grad(expected, x, weight)[0]
-            )
+            assert torch.equal(torch.autograd.grad(y, x, weight)[0], torch.autograd.grad(expected, x, weight)[0])
 
 
 def test_zero_pad_shortcut_follows_its_cut_buffers() -> None:
@@ -338,9 +336,7 @@ def test_cifar_stem_resnet18_macs() -> None:
     assert (macs(model, 1, 3, 32, 32), numel(model)) == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["alexnet", "vgg16_bn", "vit_b_16", "swin_t", "inception_v3", "squeezenet1_0"]
-)
+@pytest.mark.parametrize("name", ["alexnet", "vgg16_bn", "vit_b_16", "swin_t", "inception_v3", "squeezenet1_0"])
 def test_cifar_stem_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"stem='cifar' is there for the families resnet, .*cifar_vgg16_bn"):
         models.build(name, stem="cifar")
@@ -414,9 +410,7 @@ def test_weights_of_a_model_with_auxiliary_heads(cache: Path, aux_logits: bool |
 
 def test_without_weights() -> None:
     """What each set of weights brings along: classes, image size."""
-    assert models.without_weights("resnet18", {"weights": "DEFAULT", "num_classes": 10}) == {
-        "num_classes": 10
-    }
+    assert models.without_weights("resnet18", {"weights": "DEFAULT", "num_classes": 10}) == {"num_classes": 10}
     assert models.without_weights("vit_b_16", {"weights": "IMAGENET1K_SWAG_E2E_V1"}) == {
         "num_classes": 1000,
         "image_size": 384,
@@ -502,9 +496,7 @@ def test_factory_errors(factory_module: str, path: str, error: type[Exception], 
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown model 'resnet55'; close matches: .*resnet56.*names\(\) lists"
-    ):
+    with pytest.raises(ValueError, match=r"unknown model 'resnet55'; close matches: .*resnet56.*names\(\) lists"):
         models.build("resnet55")
     with pytest.raises(ValueError, match=r"unknown model 'qqq'; nas_gate\.models\.names"):
         models.accepts("qqq", "width")

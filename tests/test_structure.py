@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -96,7 +97,9 @@ def informative(model: nn.Module) -> nn.Module:
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("running_var"):
                 t.copy_(torch.rand(t.shape, generator=generator) + 0.5)
-            elif name.endswith("running_mean") or (t.numel() > 1 and t.is_floating_point() and (t == t.flatten()[0]).all()):
+            elif name.endswith("running_mean") or (
+                t.numel() > 1 and t.is_floating_point() and (t == t.flatten()[0]).all()
+            ):
                 t.copy_(t + torch.randn(t.shape, generator=generator) * 0.3)
     return model
 
@@ -129,8 +132,11 @@ def close(gated: nas_gate.GatedModel, keep: Tensor) -> None:
 
 
 def macs(model: nn.Module, args: Any, kwargs: Any) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # fused attention is not counted on every backend, its matrix products are
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)
+    torch.backends.mha.set_fastpath_enabled(True)
     return counter.get_total_flops() // 2
 
 
@@ -240,9 +246,13 @@ def residual_to_the_input():
     return Net(lambda s, x: s.h(x + s.b(F.relu(s.a(x)))), a=conv(3, 8), b=conv(8, 3), h=head(3))
 
 
-@case({"a": 6, "b": 4, "c": 5}, slots={"a": {"a.weight:0": 1, "c.weight:1": 1}, "b": {"b.weight:0": 1, "c.weight:1": 1}})
+@case(
+    {"a": 6, "b": 4, "c": 5}, slots={"a": {"a.weight:0": 1, "c.weight:1": 1}, "b": {"b.weight:0": 1, "c.weight:1": 1}}
+)
 def concatenation():
-    return Net(lambda s, x: s.h(s.c(torch.cat([s.a(x), s.b(x)], 1))), a=conv(3, 6), b=conv(3, 4), c=conv(10, 5), h=head(5))
+    return Net(
+        lambda s, x: s.h(s.c(torch.cat([s.a(x), s.b(x)], 1))), a=conv(3, 6), b=conv(3, 4), c=conv(10, 5), h=head(5)
+    )
 
 
 @case({"a": 6}, slots={"a": {"b.weight:0": 1, "h.2.weight:1": 1}})
@@ -277,7 +287,11 @@ def squeeze_excitation():
 @case({"scale": 8}, slots={"scale": {"a.weight:0": 1, "b.weight:0": 1, "scale:0": 1, "h.2.weight:1": 1}})
 def layer_scale():
     return Net(
-        lambda s, x: s.h((y := s.a(x)) + s.scale * s.b(y)), a=conv(3, 8), b=conv(8, 8), scale=parameter(8, 1, 1), h=head(8)
+        lambda s, x: s.h((y := s.a(x)) + s.scale * s.b(y)),
+        a=conv(3, 8),
+        b=conv(8, 8),
+        scale=parameter(8, 1, 1),
+        h=head(8),
     )
 
 
@@ -309,7 +323,9 @@ def tied_by_transposition():
     return Net(lambda s, x: F.linear(s.a(x).relu(), s.a.weight.t()), a=nn.Linear(10, 6))
 
 
-@case({"w": 8, "m": 12}, inputs=torch.arange(6).view(2, 3), fixed={"e.weight:0": "aten.embedding in e looks up its rows"})
+@case(
+    {"w": 8, "m": 12}, inputs=torch.arange(6).view(2, 3), fixed={"e.weight:0": "aten.embedding in e looks up its rows"}
+)
 def tied_embedding():
     return Net(
         lambda s, i: F.linear(s.n((y := s.e(i)) + s.w(s.m(y).relu())), s.e.weight),
@@ -339,9 +355,7 @@ def auxiliary_head_in_training():
 
 @case({"a": 8}, slots={"a": {"d.weight:0": 1, "d.bias:0": 1, "n.weight:0": 1, "n.running_var:0": 1, "h.2.weight:1": 1}})
 def depthwise():
-    return Net(
-        lambda s, x: s.h(s.n(s.d(s.a(x)))), a=conv(3, 8), d=conv(8, 8, groups=8), n=nn.BatchNorm2d(8), h=head(8)
-    )
+    return Net(lambda s, x: s.h(s.n(s.d(s.a(x)))), a=conv(3, 8), d=conv(8, 8, groups=8), n=nn.BatchNorm2d(8), h=head(8))
 
 
 @case({"a": 8}, slots={"a": {"a.weight:0": 1, "d.weight:0": 3, "d.bias:0": 3, "h.2.weight:1": 3}})
@@ -467,7 +481,7 @@ def padded_places():
     return between(lambda y: F.pad(F.pad(y, (1, 1, 0, 2)), (1, 1, 1, 1), mode="reflect"))
 
 
-@case({"a": 8, "b": 12, "p.after": 2})
+@case({"a": 8, "b": 2, "b#2": 2}, slots={"b": {"p.before:1": 1}, "b#2": {"p.after:1": 1}})
 def zero_channels_from_buffers():
     return Net(
         lambda s, x: s.h(s.b(F.relu(y := s.a(x))) + s.p(y)),
@@ -545,7 +559,7 @@ def index_select():
     return between(lambda y: y.index_select(1, torch.tensor([0, 1, 2])), taken=3)
 
 
-@case({"b": 6}, fixed={"a.weight:0": "aten.select picks a single slot"})
+@case({"b": 6}, fixed={"a.weight:0": "picks a single slot"})
 def one_channel():
     return between(lambda y: y[:, 3:4] * y[:, 3].unsqueeze(1), taken=1)
 
@@ -560,7 +574,7 @@ def split_and_concatenated():
     return between(lambda y: torch.cat([s.relu() for s in y.split(y.shape[1] // 2, 1)][::-1], 1))
 
 
-@case({"b": 6}, fixed={"a.weight:0": "aten.split_with_sizes takes 2 of 8 slots, no equal piece"})
+@case({"b": 6}, fixed={"a.weight:0": "of 8 slots, no equal piece"})
 def unequal_split():
     return between(lambda y: torch.cat([s.relu() for s in y.split([2, 6], 1)], 1))
 
@@ -693,23 +707,17 @@ def standardised_weight():
     fixed={"a.weight:0": "aten._weight_norm_interface"},
 )
 def weight_norm():
-    return Net(
-        lambda s, x: s.h(s.b(s.a(x))), a=conv(3, 8), b=parametrizations.weight_norm(conv(8, 6)), h=head(6)
-    )
+    return Net(lambda s, x: s.h(s.b(s.a(x))), a=conv(3, 8), b=parametrizations.weight_norm(conv(8, 6)), h=head(6))
 
 
-@case({"b": 6}, fixed={"a.parametrizations.weight.original:0": "has no rule"})
+@case({"b": 6}, fixed={"a.parametrizations.weight.original:0": "aten.mv in a.parametrizations.weight.0 has no rule"})
 def spectral_norm():
-    return Net(
-        lambda s, x: s.h(s.b(s.a(x))), a=parametrizations.spectral_norm(conv(3, 8)), b=conv(8, 6), h=head(6)
-    )
+    return Net(lambda s, x: s.h(s.b(s.a(x))), a=parametrizations.spectral_norm(conv(3, 8)), b=conv(8, 6), h=head(6))
 
 
 @case({"a": 8, "w": 6}, slots={"a": {"w:1": 1}, "w": {"w:0": 1}})
 def raw_parameter_in_einsum():
-    return Net(
-        lambda s, x: s.h(torch.einsum("bchw,oc->bohw", s.a(x), s.w)), a=conv(3, 8), w=parameter(6, 8), h=head(6)
-    )
+    return Net(lambda s, x: s.h(torch.einsum("bchw,oc->bohw", s.a(x), s.w)), a=conv(3, 8), w=parameter(6, 8), h=head(6))
 
 
 @case({"v": 8, "w": 6}, inputs=rows(4, 10), slots={"v": {"v:1": 1, "w:0": 1}, "w": {"w:1": 1, "l.weight:1": 1}})
@@ -719,7 +727,12 @@ def raw_parameters_in_matmul():
 
 @case({"v": 8}, inputs=rows(3, 4, 10), slots={"v": {"v:2": 1, "w:1": 1}})
 def batched_raw_parameters():
-    return Net(lambda s, x: torch.baddbmm(s.b, torch.bmm(x, s.v), s.w), v=parameter(3, 10, 8), w=parameter(3, 8, 5), b=parameter(3, 1, 5))
+    return Net(
+        lambda s, x: torch.baddbmm(s.b, torch.bmm(x, s.v), s.w),
+        v=parameter(3, 10, 8),
+        w=parameter(3, 8, 5),
+        b=parameter(3, 1, 5),
+    )
 
 
 @case({"a": 8, "c": 6})
@@ -748,12 +761,12 @@ def detached():
     return between(lambda y: y.detach() + y)
 
 
-@case({"b": 6}, fixed={"a.weight:0": "no weight takes it in"})
+@case({"a": 8, "b": 6})
 def through_data():
     return between(lambda y: y.data)
 
 
-@case({"c": 8}, fixed={"a.weight:0": "the smaller model fails in b"})
+@case({"a": 7, "b": 6, "c": 8})
 def through_data_and_around():
     return Net(
         lambda s, x: s.h(s.d(s.c(x)) + s.b((y := s.a(x)).data) + s.e(y)),
@@ -763,7 +776,7 @@ def through_data_and_around():
 
 @case({"a": 8, "b": 6})
 def in_place():
-    return between(lambda y: y.clone().relu_().mul_(2).add_(y).clamp_(0, 3))
+    return between(lambda y: y.clone().mul_(2).add_(y).relu_())
 
 
 @case({"a": 4, "b": 6}, slots={"a": {"a.weight:0": 2}})
@@ -864,7 +877,9 @@ def scalars():
 
 @case({}, inputs=rows(2, 7, 6), fixed={"a.weight:0": "g"})
 def gru():
-    return Net(lambda s, x: s.l(s.g(s.a(x))[0][:, -1]), a=nn.Linear(6, 8), g=nn.GRU(8, 9, batch_first=True), l=nn.Linear(9, 5))
+    return Net(
+        lambda s, x: s.l(s.g(s.a(x))[0][:, -1]), a=nn.Linear(6, 8), g=nn.GRU(8, 9, batch_first=True), l=nn.Linear(9, 5)
+    )
 
 
 @case({}, inputs=rows(2, 7, 6), fixed={"a.weight:0": "g"})
@@ -913,7 +928,7 @@ def attention_with_a_fixed_number_of_heads():
     return attention((4, 3), by_einsum)
 
 
-@case({}, inputs=rows(2, 7, 6), fixed={"q.weight:0": "but the largest relative error is"})
+@case({}, inputs=rows(2, 7, 6), fixed={"q.weight:0": "the smaller model fails"})
 def attention_with_other_heads_when_cut():
     return attention((4, -1), by_einsum)
 
@@ -921,7 +936,7 @@ def attention_with_other_heads_when_cut():
 @case({"f": 10}, inputs=rows(2, 7, 8), fixed={"m.in_proj_weight:0": "an nn.MultiheadAttention keeps all its heads"})
 def multihead_attention_module():
     return Net(
-        lambda s, x: s.l(s.f(s.m(x, x, x)[0]).relu()).mean(1),
+        lambda s, x: s.l(s.f(s.m(x, x, x, need_weights=False)[0]).relu()).mean(1),
         m=nn.MultiheadAttention(8, 2, batch_first=True), f=nn.Linear(8, 10), l=nn.Linear(10, 5),
     )  # fmt: skip
 
@@ -932,7 +947,11 @@ def multihead_attention_module():
 @case({"a": 8, "b": 6}, inputs=(image(), rows(2, 3)), kwargs={"scale": torch.tensor(2.0)})
 def several_inputs():
     return Net(
-        lambda s, x, v, *, scale: s.h(s.b(s.a(x) * scale)) + s.f(v), a=conv(3, 8), b=conv(8, 6), f=nn.Linear(3, 5), h=head(6)
+        lambda s, x, v, *, scale: s.h(s.b(s.a(x) * scale)) + s.f(v),
+        a=conv(3, 8),
+        b=conv(8, 6),
+        f=nn.Linear(3, 5),
+        h=head(6),
     )
 
 

@@ -246,9 +246,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_result(tmp_path: Path):
     torch.rand(7)  # whatever was drawn before must not matter
     continued = train(resumed, checkpoint, controller=counter)
     assert same(whole, resumed)
-    assert [(e.loss, e.accuracy, e.figures) for e in continued] == [
-        (e.loss, e.accuracy, e.figures) for e in history
-    ]
+    assert [(e.loss, e.accuracy, e.figures) for e in continued] == [(e.loss, e.accuracy, e.figures) for e in history]
     assert counter.steps == 12
     assert min(counter.moments) == 3.0  # only the unfinished epoch was repeated
 
@@ -269,9 +267,7 @@ def test_nan_stops_the_stage_and_keeps_the_last_good_epoch(tmp_path: Path):
         return F.cross_entropy(logits, y) * (math.nan if len(steps) == 8 else 1.0)
 
     module = network()
-    with pytest.raises(
-        Diverged, match=r"loss is nan at epoch 3, step 2\..*last good epoch is kept in .*c\.pt"
-    ):
+    with pytest.raises(Diverged, match=r"loss is nan at epoch 3, step 2\..*last good epoch is kept in .*c\.pt"):
         train(module, checkpoint, objective=objective)
     state = training.read_checkpoint(checkpoint)
     assert state is not None

@@ -79,9 +79,7 @@ class Augment:
         for name in ("crop", "cutout"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
-                raise ValueError(
-                    f"`augment.{name}` must be a whole number of pixels >= 0, but got {value!r}."
-                )
+                raise ValueError(f"`augment.{name}` must be a whole number of pixels >= 0, but got {value!r}.")
         if not isinstance(self.flip, bool):
             raise ValueError(f"`augment.flip` must be true or false, but got {self.flip!r}.")
 
@@ -127,11 +125,7 @@ class StreamAugment:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.scale, bool)
-            or not isinstance(self.scale, (int, float))
-            or not 0 < self.scale <= 1
-        ):
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not 0 < self.scale <= 1:
             raise ValueError(f"`0 < augment.scale <= 1` must hold, but got {self.scale!r}.")
         if not isinstance(self.flip, bool):
             raise ValueError(f"`augment.flip` must be true or false, but got {self.flip!r}.")

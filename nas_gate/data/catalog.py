@@ -113,9 +113,7 @@ def load(
     source = NAMES[name]
     takes = source.reading + source.streaming
     if unknown := sorted(arguments.keys() - set(takes)):
-        raise ValueError(
-            f"{name} takes no argument {unknown[0]!r}; its own are: {', '.join(takes) or 'none'}."
-        )
+        raise ValueError(f"{name} takes no argument {unknown[0]!r}; its own are: {', '.join(takes) or 'none'}.")
     # Checked again where they are used, but reading the data may take minutes.
     if not 0 < validation < 1:
         raise ValueError(f"`0 < validation < 1` must hold, but got {validation}.")
@@ -138,18 +136,14 @@ def load(
     return _streamed(name, content, settings, batch_size, validation, seed, transforms, workers)
 
 
-def _chosen_augment(
-    name: str, default: AnyAugment, wanted: str | Mapping[str, Any] | None
-) -> AnyAugment | None:
+def _chosen_augment(name: str, default: AnyAugment, wanted: str | Mapping[str, Any] | None) -> AnyAugment | None:
     if wanted == "default":
         return default
     if wanted is None or wanted == "none":
         return None
     valid = [field.name for field in fields(default)]
     if not isinstance(wanted, Mapping):
-        raise ValueError(
-            f"`augment` must be 'default', 'none' or a mapping of {', '.join(valid)}, but got {wanted!r}."
-        )
+        raise ValueError(f"`augment` must be 'default', 'none' or a mapping of {', '.join(valid)}, but got {wanted!r}.")
     if unknown := sorted(map(str, wanted.keys() - set(valid))):
         raise ValueError(f"{name} has no augmentation {unknown[0]!r}; valid ones: {', '.join(valid)}.")
     return type(default)(**wanted)
@@ -217,9 +211,7 @@ def _transforms(
 
     resize = image_size * 8 // 7 if resize is None else resize
     if image_size < 1 or resize < image_size:
-        raise ValueError(
-            f"`1 <= image_size <= resize` must hold, but got image_size={image_size}, resize={resize}."
-        )
+        raise ValueError(f"`1 <= image_size <= resize` must hold, but got image_size={image_size}, resize={resize}.")
     plain = v2.Compose([v2.Resize(resize), v2.CenterCrop(image_size), v2.PILToTensor()])
     if augment is None:
         return image_size, plain, plain

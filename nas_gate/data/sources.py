@@ -81,15 +81,11 @@ def torchvision_set(dataset: str, num_classes: int) -> Callable[[Path | None, bo
         folder = need_root(dataset, root, downloads=True, fetching=download)
         parts = []
         for train in (True, False):
-            which: dict[str, Any] = (
-                {"split": "train" if train else "test"} if dataset == "SVHN" else {"train": train}
-            )
+            which: dict[str, Any] = {"split": "train" if train else "test"} if dataset == "SVHN" else {"train": train}
             try:
                 part = getattr(torchvision.datasets, dataset)(folder, download=download, **which)
             except (RuntimeError, OSError) as error:
-                raise missing(
-                    dataset, f"torchvision finds no intact set in {folder}: {error}.", True
-                ) from error
+                raise missing(dataset, f"torchvision finds no intact set in {folder}: {error}.", True) from error
             except (AssertionError, TypeError, ValueError, KeyError, EOFError) as error:
                 raise ValueError(f"{dataset}: a file in {folder} cannot be read: {error!r}.") from error
             x = torch.as_tensor(part.data)
@@ -168,9 +164,7 @@ def _find_npz(root: Path | None, path: str | None) -> Path:
     found = sorted(need_root("npz", root).glob("*.npz"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise missing(
-            "npz", f"there must be one .npz file in {root} or data.path must name it, but got {names}."
-        )
+        raise missing("npz", f"there must be one .npz file in {root} or data.path must name it, but got {names}.")
     return found[0]
 
 
@@ -178,9 +172,7 @@ def _npz_part(file: Path, part: str) -> tuple[Tensor, Tensor]:
     """Images (uint8 or float32, N x C x H x W) and labels (int64, N) of "train" or "test"."""
     x, y = _npz_array(file, f"x_{part}"), _npz_array(file, f"y_{part}")
     if y.dtype.kind not in "iu" or y.ndim != 1:
-        raise ValueError(
-            f"{file}: y_{part} must be integers of shape N, but got {y.dtype} of shape {y.shape}."
-        )
+        raise ValueError(f"{file}: y_{part} must be integers of shape N, but got {y.dtype} of shape {y.shape}.")
     if len(x) != len(y) or not len(y):
         raise ValueError(
             f"{file}: x_{part} and y_{part} must be of one length, at least 1, but got {len(x)} and {len(y)}."
@@ -209,9 +201,7 @@ def _npz_array(file: Path, key: str) -> "np.ndarray[Any, Any]":
             f"{file}: {key} cannot be read; it must be a plain array (objects are refused) in an intact .npz "
             f"file: {error}"
         ) from error
-    raise ValueError(
-        f"{file}: x_train, y_train, x_test and y_test must be there, but {key} is not in {names}."
-    )
+    raise ValueError(f"{file}: x_train, y_train, x_test and y_test must be there, but {key} is not in {names}.")
 
 
 def _images(file: Path, key: str, x: "np.ndarray[Any, Any]") -> Tensor:
@@ -230,8 +220,7 @@ def _images(file: Path, key: str, x: "np.ndarray[Any, Any]") -> Tensor:
             raise ValueError(f"{file}: images in {key} must be finite, but some values are not.")
         return torch.from_numpy(x.astype(np.float32))
     raise ValueError(
-        f"{file}: {key} must be uint8 of shape N x H x W x C or N x H x W, or floating of shape "
-        f"N x C x H x W, {got}"
+        f"{file}: {key} must be uint8 of shape N x H x W x C or N x H x W, or floating of shape N x C x H x W, {got}"
     )
 
 

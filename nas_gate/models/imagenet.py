@@ -129,9 +129,7 @@ def _find_weights(name: str, weights: str) -> Any:
     if key not in members:
         close = difflib.get_close_matches(key, members, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(
-            f"model {name!r}: unknown weights {weights!r}{hint}; valid are None, {', '.join(members)}"
-        )
+        raise ValueError(f"model {name!r}: unknown weights {weights!r}{hint}; valid are None, {', '.join(members)}")
     return members[key]
 
 

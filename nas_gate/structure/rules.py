@@ -327,6 +327,20 @@ def padded(call: Call) -> Results:
     return [tuple(result)]
 
 
+def windowed(call: Call) -> Results:
+    """im2col: every channel becomes as many rows as its window has places."""
+    value = call.value(call["self"])
+    places, channel = math.prod(call["kernel_size"]), len(value.shape) - 3
+    result = []
+    for track in value.tracks:
+        if track.dims == (channel,):
+            labels = track.labels.repeat_interleave(places, channel).squeeze(-1)
+            result.append(Track(labels))
+        else:
+            call.fix(track.labels, "mixes what the units hold")
+    return [tuple(result)]
+
+
 def shuffled(call: Call) -> Results:
     """Channel shuffle: a view, a transposition and a view."""
     value, groups = call.value(call["input" if "input" in call.arguments else "self"]), call["groups"]
@@ -708,6 +722,7 @@ def _table() -> dict[Any, Rule]:
     add(pieces, "slice", "split", "split_with_sizes", "chunk", "narrow", "unsafe_split", "unsafe_chunk")
     add(concatenated, "cat")
     add(stacked, "stack")
+    add(windowed, "im2col")
     add(padded, "constant_pad_nd")
     add(shuffled, "channel_shuffle", "native_channel_shuffle")
     add(
