@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as parse_weights
 from safetensors.torch import save_file
 from torch import nn
@@ -63,6 +64,9 @@ def save(
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise CandidateError(f"a candidate's state must be tensors only, but {strange[0]!r} is not one")
+    sparse = [name for name, value in state.items() if value.layout != torch.strided or value.is_meta]
+    if sparse:
+        raise CandidateError(f"a candidate's tensors must be dense and have values, but {sparse[0]!r} is not so")
     aliases = _aliases(state)
     weights = {n: t.detach().cpu().contiguous().clone() for n, t in state.items() if n not in aliases}
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -164,13 +168,23 @@ def _read(folder: Path) -> tuple[Candidate, dict[str, torch.Tensor]]:
         data = weights.read_bytes()
     except OSError as error:
         raise CandidateError(f"{weights} cannot be read ({error.strerror})") from error
-    if _digest(data) != record["weights_sha256"]:
+    if _digest(data) != record.get("weights_sha256"):
         raise CandidateError(f"{weights} is truncated or altered: its checksum does not match {RECORD}")
-    state = parse_weights(data)
-    state.update({alias: state[first] for alias, first in record["aliases"].items()})
-    slots = {n: {int(d): tuple(i) for d, i in dims.items()} for n, dims in record["cut"]["slots"].items()}
-    cut = Cut(slots, record["cut"]["widths"])
-    return Candidate(record["model"], cut, record["figures"], record["provenance"]), state
+    try:
+        state = parse_weights(data)
+    except SafetensorError as error:
+        raise CandidateError(f"{weights} is damaged: {error}") from error
+    try:
+        state.update({alias: state[first] for alias, first in record["aliases"].items()})
+        slots = {
+            str(name): {int(dim): tuple(map(int, index)) for dim, index in dims.items()}
+            for name, dims in record["cut"]["slots"].items()
+        }
+        cut = Cut(slots, {str(path): int(width) for path, width in record["cut"]["widths"].items()})
+        model, figures, provenance = (dict(record[key]) for key in ("model", "figures", "provenance"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CandidateError(f"{path} is damaged: its fields are not those of a candidate ({error!r})") from error
+    return Candidate(model, cut, figures, provenance), state
 
 
 def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module] | None = None) -> nn.Module:

@@ -79,6 +79,11 @@ def _mend_norm(new: Any, old: Any, width: int | None) -> None:
         new.num_features = width
 
 
+def _mend_group_norm(new: Any, old: Any, width: int | None) -> None:
+    if width is not None:  # its units go only where every channel is a group of its own
+        new.num_groups = new.num_channels = width
+
+
 def _mend_layer_norm(new: Any, old: Any, width: int | None) -> None:
     if new.weight is not None:
         new.normalized_shape = tuple(new.weight.shape)
@@ -97,6 +102,7 @@ MENDS: dict[type[nn.Module], Mend] = {
     nn.Linear: _mend_linear,
     nn.Bilinear: _mend_bilinear,
     _NormBase: _mend_norm,
+    nn.GroupNorm: _mend_group_norm,
     nn.LayerNorm: _mend_layer_norm,
     nn.Embedding: _mend_embedding,
     nn.PReLU: _mend_prelu,
@@ -108,7 +114,7 @@ WHOLE: dict[type[nn.Module], str] = {
 }
 """Modules whose sizes cannot be mended: their parameters are fixed, with this reason."""
 
-SIZED: tuple[type[nn.Module], ...] = (_InstanceNorm,)
+SIZED: tuple[type[nn.Module], ...] = (_InstanceNorm, nn.GroupNorm)
 """Modules that may keep their input width without any parameter of that size."""
 
 

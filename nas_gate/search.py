@@ -357,7 +357,7 @@ def search(settings: Settings, run_dir: Path, *, cache_dir: Path, console: Conso
         result: dict[str, Any] = json.loads(result_file.read_text())
         if console is not None:
             console.print(f"{run_dir} is finished already.", soft_wrap=True)
-            report(result, console)
+            report(settings, result, console)
         return result
 
     prepared = prepare(settings)
@@ -402,7 +402,7 @@ def search(settings: Settings, run_dir: Path, *, cache_dir: Path, console: Conso
                 (run_dir / name).unlink(missing_ok=True)
         fabric.barrier()
     if console is not None:
-        report(result, console)
+        report(settings, result, console)
     return result
 
 
@@ -554,7 +554,7 @@ def _save(settings: Settings, prepared: Prepared, removed: Removed, result: Plai
     )
 
 
-def report(result: Plain, console: Console) -> None:
+def report(settings: Settings, result: Plain, console: Console) -> None:
     """The closing table, where the candidate lies, and how to load it."""
     table = Table("", "accuracy", "MACs", "params", f"share of {result['metric']}", title="validation")
     for stage, label in (
@@ -574,7 +574,9 @@ def report(result: Plain, console: Console) -> None:
         lines.append(f"test accuracy, measured once: {result['test_accuracy']:.2%}")
     lines.append(f"largest relative error of the removal: {result['max_relative_error']:.1e}")
     lines.append(f"candidate: {result['path']}")
-    lines.append(f"load it:   import nas_gate; model = nas_gate.load({str(result['path'])!r})")
+    # a file is never trusted to name what to import
+    factory = "" if settings.model.name in models.names() else ", factory=<what makes the dense model>"
+    lines.append(f"load it:   import nas_gate; model = nas_gate.load({str(result['path'])!r}{factory})")
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 

@@ -192,7 +192,7 @@ def test_nan_stops_the_stage_with_the_dense_weights_kept(tmp_path: Path):
 
 def test_the_penalty_follows_the_descending_target():
     gated = nas_gate.attach(models.build("digits_cnn", width=0.25), torch.zeros(1, 1, 8, 8))
-    settings = replace(TINY, gating=Gating(epochs=10, descent=0.5), target=0.4)
+    settings = replace(TINY, cycle=Recipe(epochs=10), gating=Gating(epochs=10, descent=0.5), target=0.4)
     controller = search.GateController(gated, search.make_budget("penalty", "macs", weight=2.0), settings)
     for epoch, target in ((0.0, 1.0), (2.5, 0.7), (5.0, 0.4), (9.9, 0.4)):
         controller.before_step(epoch)

@@ -573,6 +573,21 @@ def _flat(value: Value, shape: tuple[int, ...]) -> Tracks:
     return tuple(Track(lb.reshape(t.labels, value.shape, shape), t.weight) for t in value.tracks)
 
 
+def _side(call: Call, w: Value, dim: int) -> Track | None:
+    """A kernel's labels along dimension 0 or 1 alone."""
+    side: Track | None = None
+    for track in w.tracks:
+        if dim not in track.dims:
+            continue
+        others = [d for d in range(len(w.shape)) if d != dim]
+        labels = _carried(call, Value(w.shape, (track,)), others, "mixes")[0].labels
+        if side is None:
+            side = Track(labels, track.weight)
+        else:
+            call.equate(side.labels, labels)
+    return side
+
+
 def convolution(call: Call) -> Results:
     """Convolutions of any rank, plain, grouped, depthwise and transposed.
 
@@ -587,19 +602,15 @@ def convolution(call: Call) -> Results:
     )
     out = call.outputs()[0]
     rank = out.dim()
-    others = [d for d in range(rank) if d != 1]
-    inputs = [t for t in _carried(call, x, others, "mixes") if 1 in t.dims]
-    entering = lb.axis(inputs[0].labels, 1) if inputs else None
+    inputs = [t for t in _carried(call, x, [d for d in range(rank) if d != 1], "mixes") if 1 in t.dims]
     for track in inputs[1:]:
         call.equate(inputs[0].labels, track.labels)
-    own, kernel = [], range(2, rank)
+    entering = lb.axis(inputs[0].labels, 1) if inputs else None
     for track in w.tracks:
-        if track.dims[0] > 1:
+        if min(track.dims) > 1:
             call.fix(track.labels, KERNEL)
-        else:
-            own += [Track(t.labels, track.weight) for t in _carried(call, Value(w.shape, (track,)), kernel, "mixes")]
     channels = x.shape[1]
-    first, second = (next((t for t in own if t.dims == (d,)), None) for d in (0, 1))
+    first, second = (_side(call, w, dim) for dim in (0, 1))
     alone = channels == groups and groups > 1
     # the weight's labels for what it takes in and what it gives out, each as (labels in place, is a weight's own)
     taking, giving = (first, second) if transposed else (second, first)
@@ -631,9 +642,10 @@ def convolution(call: Call) -> Results:
                 call.fix(labels, f"takes in a tensor without units ({x.why})")
             else:
                 call.equate(entering.reshape(groups, -1), place)
-            if taking.weight:
-                call.gate(labels)
-            else:
+            own = [t for t in w.tracks if t.weight and (0 if transposed else 1) in t.dims]
+            for track in own:
+                call.gate(track.labels)
+            if not own:
                 call.fix(labels, "takes a weight that no gate can reach: it is computed from its parameters")
         elif entering is not None:
             call.fix(entering, f"takes a weight that has no units there ({w.why})")

@@ -188,21 +188,27 @@ def _rectangles(tracks: Sequence[Tensor], unit: Tensor) -> tuple[list[tuple[Tens
 
 
 def _uncut(movements: Sequence[Movement], unit: Ints) -> list[tuple[Tensor, str]]:
-    """Movements that a random cut shows not to commute with cutting."""
-    keep = np.random.default_rng(0).random(len(unit) + 1) < 0.5
-    kept = torch.from_numpy(np.append((unit == FIXED) | keep[unit], True))  # the last entry stands for no label
+    """Movements that random cuts show not to commute with cutting.
+
+    One cut may commute by chance (a roll by one does when the last slot is kept), so its complement is tried, too.
+    """
     refusals = []
-    for movement in movements:
-        if bool(kept[movement.before].all()):
-            continue
-        before, after = _cut(movement.before, kept), _cut(movement.after, kept)
-        try:
-            fits = before is not None and after is not None and torch.equal(movement.run(before), after)
-        except (RuntimeError, IndexError):  # the arguments do not fit the smaller tensor
-            fits = False
-        if not fits:
-            refusals.append((movement.before[movement.before >= 0], movement.reason))
+    random = np.random.default_rng(0).random((2, len(unit) + 1)) < 0.5
+    for keep in (random[0], ~random[0], random[1], ~random[1]):
+        kept = torch.from_numpy(np.append((unit == FIXED) | keep[unit], True))  # the last entry stands for no label
+        refusals += [(m.before[m.before >= 0], m.reason) for m in movements if not _commutes(m, kept)]
     return refusals
+
+
+def _commutes(movement: Movement, kept: Tensor) -> bool:
+    """Whether moving the kept labels gives the kept labels of what was moved."""
+    if bool(kept[movement.before].all()):
+        return True
+    before, after = _cut(movement.before, kept), _cut(movement.after, kept)
+    try:
+        return before is not None and after is not None and torch.equal(movement.run(before), after)
+    except (RuntimeError, IndexError):  # the arguments do not fit the smaller tensor
+        return False
 
 
 def _cut(labels: Tensor, kept: Tensor) -> Tensor | None:

@@ -1,0 +1,460 @@
+"""Every model of torchvision through the whole chain: trace, gate, remove, compare, count, train.
+
+    python benchmarks/coverage.py                      # all 121 names, into results/coverage/torchvision.csv
+    python benchmarks/coverage.py --only '^resnet'     # some of them; rows that are there already are kept ...
+    python benchmarks/coverage.py --only '^resnet' --again                     # ... or replaced
+    python benchmarks/coverage.py --family-sample --output runs/coverage.csv   # one model per family, for CI
+    python benchmarks/coverage.py --summary results/coverage/torchvision.csv   # the Markdown table of the README
+
+Every model runs in a process of its own, on one thread, without pretrained weights; nothing is downloaded. What the
+columns mean:
+
+  traced      `nas_gate.analyze` returned
+  reachable   share of the dense model's MACs in operations that at least one gate can shrink
+  gated       `nas_gate.attach` returned, and with all gates open the outputs are the original's
+  removed     `nas_gate.remove_with_proof` cut a random keep: every unit stays with probability 1/2, at least one in
+              every group
+  equal       largest difference of gated and removed model over the largest output, on inputs that the analysis has
+              not seen, evaluation mode, float32: below 1e-4
+  cost_exact  predicted MACs and parameters are the ones that `FlopCounterMode` and `numel` count on the removed model
+  trained     one SGD step of the removed model in training mode: finite loss, finite gradients, weights moved
+
+Before anything else all constant tensors (fresh norms, layer scales, zero-initialised branches) get random values and
+batch-norm statistics are taken from data, so that nothing hides a wrong cut. The exit status is 1 where a model fails
+a column. Versions, hardware and seed go into a JSON file beside the CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import _environment
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+import nas_gate
+
+SEED = 0
+TOLERANCE = 1e-4
+ROOT = Path(__file__).resolve().parent.parent
+
+FAMILIES = (
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
+    "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18",
+    "resnext50_32x4d", "wide_resnet50_2", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn",
+    "vit_b_32", "quantized_resnet18", "quantized_shufflenet_v2_x0_5", "lraspp_mobilenet_v3_large",
+    "deeplabv3_mobilenet_v3_large", "r3d_18", "s3d", "mvit_v2_s", "swin3d_t", "raft_small",
+    "ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn",
+)  # fmt: skip
+
+TASKS = ("classification", "quantization", "segmentation", "detection", "video", "optical_flow")
+
+LAST = "convnext|swin|vit|regnet_y_128gf"
+"""The slowest ones, run after all others."""
+
+
+@dataclasses.dataclass
+class Row:
+    """One model's result; columns of the CSV in order."""
+
+    name: str
+    task: str
+    input: str = ""
+    macs: int | str = ""
+    params: int | str = ""
+    reachable: float | str = ""
+    units: int | str = ""
+    groups: int | str = ""
+    traced: bool = False
+    gated: bool = False
+    removed: bool = False
+    equal: bool = False
+    cost_exact: bool = False
+    trained: bool = False
+    error: float | str = ""
+    macs_kept: float | str = ""
+    params_kept: float | str = ""
+    seconds: float | str = ""
+    fixed_because: str = ""
+    failure: str = ""
+
+
+COLUMNS = [f.name for f in dataclasses.fields(Row)]
+CHECKS = ("traced", "gated", "removed", "equal", "cost_exact", "trained")
+
+
+# -- models and inputs --------------------------------------------------------------------------------------------
+
+
+def task_of(name: str) -> str:
+    """One of TASKS, by the module of torchvision that the model comes from."""
+    part = torchvision.models.get_model_builder(name).__module__.split(".")[2]
+    return part if part in TASKS else "classification"
+
+
+def build(name: str, task: str) -> nn.Module:
+    """The model with random weights."""
+    arguments: dict[str, Any] = {"weights": None}
+    if task in ("segmentation", "detection"):
+        arguments["weights_backbone"] = None
+    if task == "quantization":
+        arguments["quantize"] = False
+    if name.removeprefix("quantized_") in ("googlenet", "inception_v3"):
+        arguments["init_weights"] = False  # its own initialisation draws from scipy, slowly
+    if task == "detection" and not name.startswith("ssd"):
+        arguments |= {"min_size": 320, "max_size": 320}  # the size that images are scaled to
+    if "rcnn" in name:
+        # How many boxes pass the thresholds depends on the weights, and with it the cost of the heads on them.
+        # Without thresholds it is a constant, which is what a cost can be stated for.
+        arguments |= {"rpn_nms_thresh": 1.0, "box_score_thresh": 0.0, "box_nms_thresh": 1.0, "rpn_post_nms_top_n_test": 100, "box_detections_per_img": 20}  # fmt: skip  # noqa: E501
+    return torchvision.models.get_model(name, **arguments)
+
+
+def size_of(name: str, task: str) -> tuple[int, ...]:
+    """Shape of one example."""
+    if task == "video":
+        return (3, 16, 224, 224) if re.match("mvit|s3d|swin3d", name) else (3, 16, 112, 112)
+    if task == "optical_flow":
+        return (3, 128, 128)
+    if task == "detection":
+        return (3, 320, 320)
+    if "inception" in name:
+        return (3, 299, 299)
+    return (3, 256, 256) if name.startswith("swin_v2") else (3, 224, 224)
+
+
+def inputs(task: str, size: Sequence[int], batch: int, seed: int) -> tuple[Any, ...]:
+    """Positional arguments of the model: random examples."""
+    generator = torch.Generator().manual_seed(seed)
+    if task == "detection":
+        return ([torch.rand(*size, generator=generator) for _ in range(batch)],)
+    images = torch.randn(batch, *size, generator=generator)
+    return (images, torch.randn(batch, *size, generator=generator)) if task == "optical_flow" else (images,)
+
+
+def targets(size: Sequence[int], batch: int) -> list[dict[str, Tensor]]:
+    """One box with a label, a mask and key points per image."""
+    height, width = size[-2:]
+    target = {
+        "boxes": torch.tensor([[0.2 * width, 0.2 * height, 0.8 * width, 0.8 * height]]),
+        "labels": torch.tensor([1]),
+        "masks": torch.ones(1, height, width, dtype=torch.uint8),
+        "keypoints": torch.tensor([[[0.5 * width, 0.5 * height, 1.0]] * 17]),
+    }
+    return [target for _ in range(batch)]
+
+
+def make_informative(model: nn.Module, example: tuple[Any, ...]) -> None:
+    """Random values for constant tensors; batch-norm statistics of the example. In place."""
+    generator = torch.Generator().manual_seed(SEED)
+    for parameter in model.parameters():
+        if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+            noise = torch.rand(parameter.shape, generator=generator)
+            parameter.data = 0.5 + noise if bool((parameter.flatten()[0] == 1).all()) else 0.6 * noise - 0.3
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    model.eval()
+    for norm in norms:
+        norm.train()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(*example)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+        norm.eval()
+
+
+# -- one model ----------------------------------------------------------------------------------------------------
+
+
+def leaves(out: Any) -> Iterator[Tensor]:
+    """Tensors of a nested output, in order."""
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, dict):
+        for value in out.values():
+            yield from leaves(value)
+    elif isinstance(out, (tuple, list)):
+        for value in out:
+            yield from leaves(value)
+
+
+@torch.no_grad()
+def difference(a: nn.Module, b: nn.Module, example: tuple[Any, ...]) -> float:
+    """Largest difference over largest output, tensor by tensor; inf where shapes or types differ."""
+    torch.manual_seed(SEED)
+    left = list(leaves(a(*example)))
+    torch.manual_seed(SEED)
+    right = list(leaves(b(*example)))
+    if not left or [t.shape for t in left] != [t.shape for t in right]:
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(left, right):
+        if x.numel():
+            worst = max(worst, float((x.double() - y.double()).abs().max() / x.double().abs().max().clamp(min=1e-12)))
+    return worst
+
+
+def random_keep(structure: nas_gate.Structure) -> Tensor:
+    """Every unit with probability 1/2, at least one of every group."""
+    generator = torch.Generator().manual_seed(SEED)
+    keep = torch.rand(structure.units, generator=generator) < 0.5
+    for group in structure.groups:
+        if not bool(keep[group.start : group.stop].any()):
+            keep[group.start] = True
+    return keep
+
+
+def count(model: nn.Module, example: tuple[Any, ...]) -> int:
+    """MACs of a forward pass, attention as plain matrix products (fused kernels are counted by their own formula)."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(*example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    return int(counter.get_total_flops()) // 2
+
+
+def train_step(model: nn.Module, task: str, size: Sequence[int]) -> bool:
+    """One SGD step in training mode: whether loss and gradients are finite and the weights moved."""
+    batch = 2  # batch norm over 1x1 maps needs two
+    torch.manual_seed(SEED)
+    model.train()
+    example = inputs(task, size, batch, SEED + 2)
+    if task == "detection":
+        loss = torch.stack(list(leaves(model(*example, targets(size, batch))))).sum()
+    else:
+        loss = torch.stack([(t**2).mean() for t in leaves(model(*example)) if t.is_floating_point()]).sum()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss.backward()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    finite = bool(torch.isfinite(loss)) and all(bool(torch.isfinite(g).all()) for g in gradients)
+    moving = next((p for p in parameters if p.grad is not None and bool(p.grad.any())), None)
+    if moving is None:
+        return False
+    before = moving.detach().clone()
+    torch.optim.SGD(parameters, lr=0.1).step()
+    return finite and not torch.equal(before, moving)
+
+
+def main_reasons(model: nn.Module, structure: nas_gate.Structure, most: int = 3) -> str:
+    """The reasons that fix the most, each with the share of the parameters that it fixes along some dimension."""
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    slots: Counter[tuple[str, str, int]] = Counter()
+    for fixed in structure.fixed:
+        reason = re.sub(r" in [\w.]+(?=[ ,:;)]|$)", "", fixed.reason)
+        slots[reason, fixed.tensor, fixed.dim] += sizes.get(fixed.tensor, 0) * fixed.slots // fixed.size
+    most_of: dict[tuple[str, str], int] = {}
+    for (reason, tensor, _), elements in slots.items():
+        most_of[reason, tensor] = max(elements, most_of.get((reason, tensor), 0))
+    weight: Counter[str] = Counter()
+    for (reason, _), elements in most_of.items():
+        weight[reason] += elements
+    total = sum(sizes.values())
+    return "; ".join(f"{reason} ({w / total:.0%})" for reason, w in weight.most_common(most) if w / total >= 0.005)
+
+
+def examine(name: str) -> Row:
+    """All columns of one model."""
+    row = Row(name, task_of(name))
+    begin = time.perf_counter()
+    try:
+        _examine(row)
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        row.failure = (
+            f"{type(error).__name__}: {' '.join(str(error).split())[:400]} ({Path(at.filename).name}:{at.lineno})"
+        )
+    row.seconds = round(time.perf_counter() - begin, 1)
+    return row
+
+
+def _examine(row: Row) -> None:
+    torch.manual_seed(SEED)
+    size = size_of(row.name, row.task)
+    row.input = "x".join(map(str, size))
+    model = build(row.name, row.task)
+    example = inputs(row.task, size, 1, SEED)
+    make_informative(model, inputs(row.task, size, 2, SEED))
+
+    structure = nas_gate.analyze(model, example)
+    cost = nas_gate.CostModel(structure)
+    row.traced = True
+    row.macs, row.params = cost.total("macs"), cost.total("params")
+    row.reachable = round(nas_gate.reachable_share(structure), 4)
+    row.units, row.groups = structure.units, len(structure.groups)
+    row.fixed_because = main_reasons(model, structure)
+
+    fresh = inputs(row.task, size, 1, SEED + 1)
+    gated = nas_gate.GatedModel(model, structure, example_inputs=(example, {})).eval()
+    # `attach` copies the model; here the weights are gigabytes, so the original is compared first and then gated
+    gated.gates.weight.data.fill_(1.0)
+    original = build(row.name, row.task).eval()
+    original.load_state_dict(model.state_dict(), assign=True)
+    row.gated = difference(original, gated, fresh) <= 1e-6
+    del original
+
+    keep = random_keep(structure)
+    gated.gates.weight.data = torch.where(keep, 1.0, -1.0)
+    removed = nas_gate.remove_with_proof(gated, keep)
+    row.removed = True
+    error = difference(gated, removed.model.eval(), fresh)
+    row.error, row.equal = float(f"{error:.2g}"), error < TOLERANCE
+
+    predicted = [round(float(cost(keep, metric))) for metric in ("macs", "params")]
+    counted = [count(removed.model, fresh), sum(p.numel() for p in removed.model.parameters())]
+    row.cost_exact = predicted == counted
+    row.macs_kept, row.params_kept = (round(c / d, 4) for c, d in zip(counted, (row.macs, row.params)))
+    if not row.cost_exact:
+        row.failure = f"{predicted=}, {counted=}"
+    small = removed.model
+    del gated, removed, model
+    row.trained = train_step(small, row.task, size)
+
+
+# -- all models ---------------------------------------------------------------------------------------------------
+
+
+def run_apart(name: str, timeout: float) -> Row:
+    """`examine` in a process of its own."""
+    begin = time.perf_counter()
+    command = [sys.executable, "-W", "ignore", __file__, "--one", name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    failure = ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if lines:
+            return Row(**json.loads(lines[-1]))
+        failure = f"exit status {done.returncode}: {' '.join(done.stderr.split())[-300:]}"
+    except subprocess.TimeoutExpired:
+        failure = f"not done after {timeout:.0f} s"
+    return Row(name, task_of(name), failure=failure, seconds=round(time.perf_counter() - begin, 1))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a result, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def passes(row: dict[str, str]) -> bool:
+    return all(row[c] == "True" for c in CHECKS)
+
+
+def summary(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table: per task the models that pass each column, and the reachable share of MACs."""
+    lines = [
+        "| task | models | traced | gated | removed | equal | cost exact | trained | MACs in reach (median, lowest) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task in TASKS:
+        mine = [r for r in rows if r["task"] == task]
+        if not mine:
+            continue
+        shares = sorted((float(r["reachable"]), r["name"]) for r in mine if r["reachable"])
+        counts = " | ".join(str(sum(r[c] == "True" for r in mine)) for c in CHECKS)
+        reach = f"{shares[len(shares) // 2][0]:.1%}, {shares[0][0]:.1%} ({shares[0][1]})" if shares else ""
+        lines.append(f"| {task.replace('_', ' ')} | {len(mine)} | {counts} | {reach} |")
+    total = " | ".join(str(sum(r[c] == "True" for r in rows)) for c in CHECKS)
+    lines.append(f"| **all** | {len(rows)} | {total} | |")
+    errors = [float(r["error"]) for r in rows if r["error"]]
+    lines += ["", f"{sum(map(passes, rows))} of {len(rows)} pass every column."]
+    if errors:
+        lines[-1] += f" Largest relative error: {max(errors):.1e}."
+    lines += [f"- {r['name']}: {r['failure'] or 'fails a column'}" for r in rows if not passes(r)]
+    low = [r for r in rows if r["reachable"] and float(r["reachable"]) < 0.95]
+    if low:
+        lines += ["", "Below 95%, and what is fixed there (share of parameters):", ""]
+        lines += [f"- {r['name']} {float(r['reachable']):.1%}: {r['fixed_because']}" for r in low]
+    return "\n".join(lines)
+
+
+def chosen(only: str, sample: bool) -> list[str]:
+    """Names in the order in which they run."""
+    names = list(FAMILIES) if sample else torchvision.models.list_models()
+    names = [n for n in names if re.search(only, n)]
+    return sorted(names, key=lambda n: (bool(re.search(LAST, n)), task_of(n) != "classification", n))
+
+
+def sweep(names: Sequence[str], output: Path, timeout: float, again: bool) -> None:
+    """Add the missing rows (with `again`, replace those there are), one model at a time."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    rows = {r["name"]: r for r in read(output)}
+    due = [n for n in names if again or n not in rows]
+    if due:
+        _environment.write(output.with_suffix(".json"), seed=SEED, threads=1)
+    for number, name in enumerate(due, 1):
+        row = {column: str(value) for column, value in dataclasses.asdict(run_apart(name, timeout)).items()}
+        rows[name] = row
+        write(output, sorted(rows.values(), key=lambda r: (TASKS.index(r["task"]), r["name"])))
+        failed = [c for c in CHECKS if row[c] != "True"]
+        verdict = f"FAILS {', '.join(failed)}: {row['failure']}" if failed else "passes"
+        print(
+            f"[{number}/{len(due)}] {name}: {verdict}; in reach {row['reachable']}, error {row['error']}, "
+            f"{row['seconds']} s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def write(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Replace the file at once, so that a kill never leaves half of it."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="REGEX", help="names that match (search)")
+    parser.add_argument("--family-sample", action="store_true", help="one model per family")
+    parser.add_argument("--again", action="store_true", help="replace rows that are there already")
+    parser.add_argument("--output", type=Path, default=ROOT / "results/coverage/torchvision.csv")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds per model")
+    parser.add_argument("--summary", type=Path, metavar="CSV", help="only print the Markdown table of a result")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        torch.set_num_threads(1)
+        print(json.dumps(dataclasses.asdict(examine(arguments.one))))
+        return 0
+    if arguments.summary:
+        print(summary(read(arguments.summary)))
+        return 0
+    names = chosen(arguments.only, arguments.family_sample)
+    if not names:
+        parser.error(f"--only must match a name of torchvision, but {arguments.only!r} matches none")
+    sweep(names, arguments.output, arguments.timeout, arguments.again)
+    rows = [r for r in read(arguments.output) if r["name"] in names]
+    print(summary(rows))
+    return 0 if all(map(passes, rows)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Fronts over a table of candidates: who is dominated, the hypervolume, the knee, the spread over seeds.
+
+The table has one row per candidate: `REQUIRED` names its columns, and any others (`latency_ms`, `param.<name>`) are
+kept. `accuracy` is the validation accuracy at the last epoch, as a share in [0, 1]; `macs` are multiply-accumulates.
+A row dominates another if it is at least as good in every objective and better in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+Floats = npt.NDArray[np.float64]
+Objectives = Sequence[tuple[str, str]]
+
+REQUIRED = (
+    *("study", "trial", "path", "method", "seed", "target"),
+    *("accuracy", "test_accuracy", "macs", "params"),
+    *("dense_accuracy", "dense_macs", "dense_params"),
+)
+OBJECTIVES: Objectives = (("accuracy", "max"), ("macs", "min"))
+
+_KNEE_TIE = 1e-9  # distances this close are equal: points on one straight line differ by rounding alone
+
+
+# ---------------------------------------------------------------------------------------------------- arrays
+
+
+def _costs(values: npt.ArrayLike, maximise: Sequence[bool]) -> Floats:
+    """The values, shape (n, d), with less being better in every column."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 2 or array.shape[1] != len(maximise) or len(maximise) == 0:
+        raise ValueError(
+            f"values must have shape (n, d) with d = len(maximise) > 0, but have {array.shape}, and {len(maximise)=}"
+        )
+    return np.where(np.asarray(maximise, dtype=bool), -array, array)
+
+
+def _distinct(rows: Floats) -> tuple[Floats, npt.NDArray[np.intp]]:
+    """The distinct rows in lexicographic order, and for every given row its place among them."""
+    order = np.lexsort(rows.T[::-1])
+    ordered = rows[order]
+    first = np.ones(len(rows), dtype=bool)
+    first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    place = np.empty(len(rows), dtype=np.intp)
+    place[order] = np.cumsum(first) - 1
+    return ordered[first], place
+
+
+def _best(rows: Floats) -> npt.NDArray[np.bool_]:
+    """Which of distinct rows in lexicographic order no other one dominates (less is better)."""
+    if rows.shape[1] == 2:  # the second column must fall below all that came before
+        before = np.concatenate([[np.inf], np.minimum.accumulate(rows[:-1, 1])])
+        best: npt.NDArray[np.bool_] = rows[:, 1] < before
+        best[:1] = True  # nothing comes before the first row, whatever it holds
+        return best
+    best = np.zeros(len(rows), dtype=bool)
+    ranks = np.column_stack([np.unique(column, return_inverse=True)[1] for column in rows.T])
+    left = np.argsort(ranks.sum(axis=1), kind="stable")
+    ranks = ranks[left]
+    while len(left):  # what is left has no better row outside, and the least sum of ranks has none inside
+        best[left[0]] = True
+        better_somewhere = (ranks < ranks[0]).any(axis=1)
+        left, ranks = left[better_somewhere], ranks[better_somewhere]
+    return best
+
+
+def non_dominated(values: npt.ArrayLike, maximise: Sequence[bool]) -> npt.NDArray[np.bool_]:
+    """Which rows of `values`, shape (n, d), no other row dominates; shape (n,).
+
+    `maximise` says for each column whether more is better. Equal rows stand or fall together; a row with a NaN is
+    never on the front, and dominates nothing. Takes O(n log n) for d = 2, O(n * front) for other d.
+    """
+    costs = _costs(values, maximise)
+    mask = np.zeros(len(costs), dtype=bool)
+    usable = ~np.isnan(costs).any(axis=1)
+    if usable.any():
+        rows, place = _distinct(costs[usable])
+        mask[usable] = _best(rows)[place]
+    return mask
+
+
+def _volume(rows: Floats, reference: Floats) -> float:
+    """The volume between `reference` and rows that lie strictly below it (less is better)."""
+    rows = _distinct(rows)[0]
+    rows = rows[_best(rows)]
+    if rows.shape[1] == 1:
+        return float(reference[0] - rows[0, 0])
+    edges = np.append(rows[:, 0], reference[0])
+    if rows.shape[1] == 2:
+        heights = np.append(reference[1], rows[:-1, 1]) - rows[:, 1]
+        return float((reference[0] - rows[:, 0]) @ heights)
+    # Between two edges of the first axis, the section is what the rows up to there dominate in the other axes.
+    return sum(
+        float(width) * _volume(rows[: i + 1, 1:], reference[1:]) for i, width in enumerate(np.diff(edges)) if width > 0
+    )
+
+
+def hypervolume(values: npt.ArrayLike, reference: Sequence[float], maximise: Sequence[bool]) -> float:
+    """The volume that the rows of `values`, shape (n, d), dominate within the corner `reference`, shape (d,).
+
+    Exact: a sweep for d = 2, and for more the slicing of one objective after the other (While, Hingston, Barone and
+    Huband: "A faster algorithm for calculating hypervolume", IEEE Trans. Evol. Comput. 10(1), 2006), which takes
+    O(front^(d-1)). Rows that do not dominate the reference, or hold a NaN, add nothing.
+    """
+    costs = _costs(values, maximise)
+    corner = np.asarray(reference, dtype=np.float64)
+    if corner.shape != (costs.shape[1],) or not np.isfinite(corner).all():
+        raise ValueError(f"reference must hold {costs.shape[1]} finite numbers, one per objective, but got {reference}")
+    corner = np.where(np.asarray(maximise, dtype=bool), -corner, corner)
+    inside = costs[(costs < corner).all(axis=1)]
+    return _volume(inside, corner) if len(inside) else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def column(table: pd.DataFrame, name: str) -> Floats:
+    """A column as float64, shape (rows,), NaN where nothing was measured. Raises ValueError where it has no numbers."""
+    if name not in table.columns:
+        raise ValueError(f"the table of candidates has no column {name!r}; its columns: {sorted(map(str, table))}")
+    try:
+        return np.asarray(table[name].to_numpy(dtype=np.float64, na_value=np.nan), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"column {name!r} must hold numbers, but {error}") from None
+
+
+def check_table(table: pd.DataFrame) -> None:
+    """Raises ValueError where the table misses a required column or holds an impossible figure."""
+    if missing := [name for name in REQUIRED if name not in table.columns]:
+        raise ValueError(f"a table of candidates needs the columns {missing}; it has {sorted(map(str, table))}")
+    for name in ("accuracy", "test_accuracy", "dense_accuracy"):
+        values = column(table, name)
+        if len(wrong := values[(values < 0) | (values > 1)]):
+            raise ValueError(f"`0 <= {name} <= 1` must hold (a share, not per cent), but got {wrong[0]:g}")
+    for name in ("macs", "params", "dense_macs", "dense_params", "latency_ms"):
+        if name in table.columns and len(wrong := (values := column(table, name))[values <= 0]):
+            raise ValueError(f"`{name} > 0` must hold, but got {wrong[0]:g}")
+
+
+def _values(table: pd.DataFrame, objectives: Objectives) -> tuple[Floats, list[bool]]:
+    """The objectives' columns, shape (rows, objectives), and which of them are maximised."""
+    if not objectives or any(direction not in ("max", "min") for _, direction in objectives):
+        raise ValueError(f"objectives must be pairs of a column and 'max' or 'min', but got {tuple(objectives)}")
+    return np.column_stack([column(table, name) for name, _ in objectives]), [d == "max" for _, d in objectives]
+
+
+def front(table: pd.DataFrame, objectives: Objectives = OBJECTIVES) -> pd.DataFrame:
+    """The candidates that no other one dominates, all columns kept, sorted by the first minimised objective (MACs).
+
+    `objectives` are pairs of a column and "max" or "min". Candidates with equal figures are all kept.
+    """
+    check_table(table)
+    values, maximise = _values(table, objectives)
+    chosen: pd.DataFrame = table[non_dominated(values, maximise)]
+    names = sorted(objectives, key=lambda objective: objective[1] == "max")  # stable: minimised ones first
+    ascending = [direction == "min" for _, direction in names]
+    ordered: pd.DataFrame = chosen.sort_values([name for name, _ in names], ascending=ascending, kind="stable")
+    return ordered
+
+
+def chord_distance(front: pd.DataFrame, objectives: Objectives = OBJECTIVES) -> Floats:
+    """How far each candidate of a front lies above the chord between the front's two ends, shape (rows,).
+
+    Both axes are scaled so that the front spans [0, 1] with 1 the best; the chord joins the ends (0, 1) and (1, 0),
+    and points towards the ideal (1, 1) are above it. At most sqrt(1/2); negative where the front sags.
+    """
+    if len(objectives) != 2:
+        raise ValueError(f"a chord needs 2 objectives, but got {len(objectives)}: {tuple(objectives)}")
+    values, maximise = _values(front, objectives)
+    if len(values) == 0 or not non_dominated(values, maximise).all():
+        raise ValueError(f"a knee needs a front, but of {len(values)} candidates some are dominated or have no figures")
+    goodness = np.where(maximise, values, -values)
+    low, span = goodness.min(axis=0), np.ptp(goodness, axis=0)
+    if not span.all():  # one point, or copies of it
+        return np.zeros(len(values))
+    scaled: Floats = (goodness - low) / span
+    return np.asarray((scaled.sum(axis=1) - 1) / np.sqrt(2), dtype=np.float64)
+
+
+def knee(front: pd.DataFrame, objectives: Objectives = OBJECTIVES) -> int:
+    """The position (for `iloc`) of a front's knee: the candidate farthest above the chord between the front's ends.
+
+    Das: "On characterizing the 'knee' of the Pareto curve based on Normal-Boundary Intersection", Structural
+    Optimization 18, 1999, on axes scaled as in `chord_distance`. Of equally far candidates the one best in the first
+    objective counts, then the first row: so a front of two, a straight one and a sagging one have their knee at the
+    most accurate end, where nothing is given up without a gain. Raises ValueError for an empty front.
+    """
+    distance = chord_distance(front, objectives)
+    values, maximise = _values(front, objectives)
+    first = values[:, 0] if maximise[0] else -values[:, 0]
+    return int(np.argmax(np.where(distance >= distance.max() - _KNEE_TIE, first, -np.inf)))
+
+
+def summary(
+    table: pd.DataFrame, reference: tuple[float, float] | None = None, by: Sequence[str] = ("study",)
+) -> pd.DataFrame:
+    """One row per study: candidates, how many are on its front, the front's hypervolume and its knee.
+
+    The hypervolume is that of accuracy in [0, 1] against MACs as a share of the dense model's (the largest one's,
+    where a study has several; column `dense_macs`), beyond `reference` = (accuracy, share of MACs). The default
+    (0, 1), "no accuracy at the dense model's cost", leaves out nothing that saves anything and bounds the
+    hypervolume by 1; it is returned as `reference_accuracy` and `reference_macs_share`. Hypervolumes compare only
+    under one reference and one dense model. `by=("study", "method")` gives each method of a study its own row.
+    """
+    check_table(table)
+    corner = (0.0, 1.0) if reference is None else reference
+    rows: list[dict[str, Any]] = []
+    for names, group in table.groupby(list(by), sort=True, dropna=False):
+        best = front(group)
+        dense = float(group["dense_macs"].max())
+        shares = np.column_stack([column(group, "accuracy"), column(group, "macs") / dense])
+        row = dict(zip(by, names if isinstance(names, tuple) else (names,)))
+        row |= {"candidates": len(group), "on_front": len(best)}
+        row |= {"hypervolume": float("nan") if np.isnan(dense) else hypervolume(shares, corner, (True, False))}
+        row |= {"reference_accuracy": corner[0], "reference_macs_share": corner[1], "dense_macs": dense}
+        if len(best):
+            at_knee = best.iloc[knee(best)]
+            row |= {f"knee_{name}": at_knee[name] for name in ("trial", "path", "accuracy", "macs")}
+        rows.append(row)
+    result: pd.DataFrame = pd.DataFrame(rows)
+    return result
+
+
+def repeat_keys(table: pd.DataFrame) -> list[str]:
+    """The columns in which repeats agree: study, method, target and every hyper-parameter but the seed."""
+    parameters = [c for c in table.columns if str(c).startswith("param.") and str(c).rsplit(".", 1)[-1] != "seed"]
+    return ["study", "method", "target", *parameters]
+
+
+def repeats(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and spread over seeds: one row per study, method, target and hyper-parameters, one column per figure.
+
+    `count` is the number of seeds; `<figure>_mean` and `<figure>_std` (sample standard deviation, NaN for one seed)
+    are given for accuracy, test_accuracy, macs, params and, where it is there, latency_ms. A seed that stands twice
+    counts once, with its first row; candidates without an accuracy are left out.
+    """
+    check_table(table)
+    keys = repeat_keys(table)
+    finished = table[~np.isnan(column(table, "accuracy"))].drop_duplicates([*keys, "seed"])
+    figures = [c for c in ("accuracy", "test_accuracy", "macs", "params", "latency_ms") if c in table.columns]
+    numbers = finished.assign(**{name: column(finished, name) for name in figures})
+    groups = numbers.groupby(keys, sort=False, dropna=False)
+    parts = [groups.size().rename("count")]
+    for name in figures:
+        parts += [groups[name].mean().rename(f"{name}_mean"), groups[name].std(ddof=1).rename(f"{name}_std")]
+    spread: pd.DataFrame = pd.concat(parts, axis=1).reset_index()
+    ordered: pd.DataFrame = spread.sort_values(keys[:3], kind="stable", ignore_index=True)
+    return ordered

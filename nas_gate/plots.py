@@ -1,0 +1,385 @@
+"""The picture of one or several studies: accuracy against cost. First the plain record of it, then the drawing."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from nas_gate.pareto import check_table, column, front, knee, repeats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AXES = {"macs": "MACs (multiply-accumulates)", "params": "parameters", "latency_ms": "latency, ms"}
+
+# Colours for studies: Okabe and Ito's, which colour-blind readers can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+_MARKERS = {"gates": "o", "uniform": "s", "l1": "^", "bn_scale": "D", "random": "X"}
+_OTHER_MARKERS = ("P", "v", "p", "h", "<", ">")
+_SIZES = {"X": 44, "^": 46, "D": 32, "s": 36}  # square points, so that the marks look equally large
+_GREY = "#4d4d4d"
+
+
+# ---------------------------------------------------------------------------------------------------- the record
+
+
+@dataclass(frozen=True)
+class Point:
+    """One candidate: its cost in the unit of the x column, its validation accuracy in [0, 1]."""
+
+    cost: float
+    accuracy: float
+    trial: int
+    path: str
+    on_front: bool  # of its own series
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """At least two seeds of one setting: means and sample standard deviations."""
+
+    cost: float
+    accuracy: float
+    cost_std: float
+    accuracy_std: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Series:
+    """The candidates of one study and method, in ascending cost; `staircase` is the outline of what they dominate."""
+
+    study: str
+    method: str
+    points: tuple[Point, ...]
+    staircase: tuple[tuple[float, float], ...]
+    repeats: tuple[Repeat, ...]
+
+
+@dataclass(frozen=True)
+class Knee:
+    """The knee of a study's front over all its methods."""
+
+    study: str
+    method: str
+    cost: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense model and the studies that started from it; its cost is NaN where it was not measured."""
+
+    studies: tuple[str, ...]
+    cost: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class FigureData:
+    """All that the picture shows; `left_out` counts candidates without an accuracy or a figure for the x axis."""
+
+    x: str
+    series: tuple[Series, ...]
+    knees: tuple[Knee, ...]
+    dense: tuple[Dense, ...]
+    left_out: int
+
+
+def _staircase(best: pd.DataFrame, x: str) -> tuple[tuple[float, float], ...]:
+    """The corners of a front's outline: level at each accuracy up to the next cost, then up."""
+    points = list(dict.fromkeys(zip(column(best, x).tolist(), column(best, "accuracy").tolist())))
+    corners = points[:1]
+    for (_, below), (cost, accuracy) in pairwise(points):
+        corners += [(cost, below), (cost, accuracy)]
+    return tuple(corners)
+
+
+def _series(table: pd.DataFrame, study: str, method: str, x: str) -> Series:
+    objectives = (("accuracy", "max"), (x, "min"))
+    ordered: pd.DataFrame = table.sort_values([x, "accuracy"], kind="stable", ignore_index=True)
+    best = front(ordered, objectives)
+    chosen = set(best.index)
+    points = tuple(
+        Point(float(cost), float(accuracy), int(trial), str(path), place in chosen)
+        for place, (cost, accuracy, trial, path) in enumerate(
+            zip(column(ordered, x), column(ordered, "accuracy"), ordered["trial"], ordered["path"])
+        )
+    )
+    spread = repeats(ordered)
+    names = [f"{x}_mean", "accuracy_mean", f"{x}_std", "accuracy_std"]
+    numbers = np.column_stack([column(spread, name) for name in names])
+    means = tuple(
+        Repeat(*row, int(count)) for row, count in zip(numbers.tolist(), spread["count"].tolist()) if count > 1
+    )
+    return Series(study, method, points, _staircase(best, x), means)
+
+
+def _dense(tables: Sequence[tuple[str, pd.DataFrame]], x: str) -> tuple[Dense, ...]:
+    """The distinct dense models over all studies, in ascending accuracy."""
+    studies: dict[tuple[float, float], list[str]] = {}
+    for study, table in tables:
+        costs = column(table, f"dense_{x}") if f"dense_{x}" in table.columns else np.full(len(table), np.nan)
+        for cost, accuracy in zip(costs.tolist(), column(table, "dense_accuracy").tolist()):
+            if not math.isnan(accuracy):
+                key = (math.inf if math.isnan(cost) else cost, accuracy)  # NaN is no key: it equals nothing
+                studies.setdefault(key, []).append(study)
+    return tuple(
+        Dense(tuple(dict.fromkeys(names)), math.nan if math.isinf(cost) else cost, accuracy)
+        for (cost, accuracy), names in sorted(studies.items(), key=lambda item: (item[0][1], item[0][0]))
+    )
+
+
+def _method_order(method: str) -> tuple[int, str]:
+    known = list(_MARKERS)
+    return (known.index(method) if method in known else len(known), method)
+
+
+def figure_data(tables: pd.DataFrame | Sequence[pd.DataFrame], x: str = "macs") -> FigureData:
+    """The record of the picture of one or several tables of candidates.
+
+    `x` is "macs", "params" or "latency_ms". Each study and method is a series of its own with its own front, so that
+    baselines can be compared; the knee is that of all methods of a study. Raises ValueError for an unknown `x`, for
+    tables that share a study's name, and where no candidate has both figures.
+    """
+    if x not in AXES:
+        raise ValueError(f"x must be one of {list(AXES)}, but got {x!r}")
+    studies: list[tuple[str, pd.DataFrame]] = []
+    for table in [tables] if isinstance(tables, pd.DataFrame) else tables:
+        check_table(table)
+        column(table, x)  # a missing one is named here
+        for study, group in table.groupby("study", sort=False):
+            if str(study) in dict(studies):
+                raise ValueError(f"studies must differ in name to be told apart, but two tables hold {study!r}")
+            studies.append((str(study), group))
+    series: list[Series] = []
+    knees = []
+    left_out = 0
+    for study, table in studies:
+        measured = ~(np.isnan(column(table, x)) | np.isnan(column(table, "accuracy")))
+        left_out += int((~measured).sum())
+        shown: pd.DataFrame = table[measured]
+        if len(shown) == 0:
+            continue
+        methods = sorted({str(method) for method in shown["method"]}, key=_method_order)
+        series += [_series(shown[shown["method"].astype(str) == method], study, method, x) for method in methods]
+        objectives = (("accuracy", "max"), (x, "min"))
+        best = front(shown, objectives)
+        row = best.iloc[knee(best, objectives)]
+        knees.append(Knee(study, str(row["method"]), float(row[x]), float(row["accuracy"])))
+    if not series:
+        raise ValueError(f"there is nothing to draw: no candidate has both accuracy and {x} (of {left_out})")
+    return FigureData(x, tuple(series), tuple(knees), _dense(studies, x), left_out)
+
+
+# ---------------------------------------------------------------------------------------------------- the drawing
+
+
+def _unit(data: FigureData) -> tuple[float, str]:
+    """What the x axis counts in, and the axis's label."""
+    label = AXES[data.x]
+    if data.x == "latency_ms":
+        return 1.0, label
+    largest = max(point.cost for series in data.series for point in series.points)
+    for size, name in ((1e10, "billions"), (1e5, "millions"), (1e3, "thousands")):
+        if largest >= size:
+            return {"billions": 1e9, "millions": 1e6, "thousands": 1e3}[name], f"{label}, {name}"
+    return 1.0, label
+
+
+def _markers(data: FigureData) -> dict[str, str]:
+    methods = sorted({series.method for series in data.series}, key=_method_order)
+    others = [method for method in methods if method not in _MARKERS]
+    spare = {method: _OTHER_MARKERS[i % len(_OTHER_MARKERS)] for i, method in enumerate(others)}
+    return {method: _MARKERS.get(method) or spare[method] for method in methods}
+
+
+def _colours(data: FigureData) -> dict[str, str]:
+    studies = list(dict.fromkeys(series.study for series in data.series))
+    if len(studies) <= len(_COLOURS):
+        return dict(zip(studies, _COLOURS))
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    spectrum = colormaps["turbo"](np.linspace(0.05, 0.95, len(studies)))
+    return {study: to_hex(colour) for study, colour in zip(studies, spectrum)}
+
+
+def _draw_series(axes: Axes, series: Series, unit: float, colour: str, marker: str, leading: bool) -> None:
+    size = _SIZES.get(marker, 42)
+    for best in (False, True):
+        points = [p for p in series.points if p.on_front is best]
+        axes.scatter(
+            [p.cost / unit for p in points],
+            [100 * p.accuracy for p in points],
+            s=size if best else 0.6 * size,
+            marker=marker,
+            color=colour,
+            alpha=1.0 if best else 0.28,
+            edgecolors="white" if best else "none",
+            linewidths=0.7,
+            zorder=4 if best else 2,
+        )
+    corners = [(cost / unit, 100 * accuracy) for cost, accuracy in series.staircase]
+    axes.plot(
+        *zip(*corners),
+        color=colour,
+        linewidth=1.8 if leading else 1.0,
+        linestyle="-" if leading else (0, (3, 2)),
+        alpha=1.0 if leading else 0.6,
+        zorder=3,
+    )
+    if series.repeats:
+        axes.errorbar(
+            [r.cost / unit for r in series.repeats],
+            [100 * r.accuracy for r in series.repeats],
+            xerr=[r.cost_std / unit for r in series.repeats],
+            yerr=[100 * r.accuracy_std for r in series.repeats],
+            fmt="_",
+            markersize=9,
+            color=colour,
+            ecolor=colour,
+            elinewidth=1.3,
+            capsize=3,
+            zorder=5,
+        )
+
+
+def _frame(axes: Axes, data: FigureData, unit: float) -> int:
+    """Sets the limits to what matters, and returns how many candidates lie below them.
+
+    One collapsed candidate would press all the rest to the upper edge. So the lower limit follows the fronts, the
+    means and the dense models; candidates far below every front are left out of view, and counted in the note.
+    """
+    points = [point for series in data.series for point in series.points]
+    heights = [point.accuracy for point in points if point.on_front]
+    heights += [r.accuracy + side * r.accuracy_std for s in data.series for r in s.repeats for side in (-1, 1)]
+    heights += [dense.accuracy for dense in data.dense]
+    low, high = min(heights), max(heights)
+    span = max(high - low, 0.01)
+    floor = max(min(low, max(min(p.accuracy for p in points), low - 0.35 * span)) - 0.07 * span, -0.01)
+    axes.set_ylim(100 * floor, 100 * min(high + 0.09 * span, 1.01))
+    costs = [point.cost for point in points] + [d.cost for d in data.dense if not math.isnan(d.cost)]
+    width = max(costs) - min(costs) or 0.2 * max(costs)
+    axes.set_xlim(max(min(costs) - 0.05 * width, 0) / unit, (max(costs) + 0.05 * width) / unit)
+    return sum(point.accuracy < floor for point in points)
+
+
+def _legend(figure: Figure, data: FigureData, colours: dict[str, str], markers: dict[str, str]) -> None:
+    from matplotlib.lines import Line2D
+
+    def title(text: str) -> Line2D:
+        return Line2D([], [], linestyle="none", label=text)
+
+    def mark(marker: str, label: str, colour: str = _GREY, alpha: float = 1.0, size: float = 6.5) -> Line2D:
+        return Line2D(
+            [], [], color=colour, marker=marker, linestyle="none", label=label, markersize=size, alpha=alpha, mew=0
+        )
+
+    handles: list[Line2D] = []
+    if len(colours) > 1:
+        handles += [title("study"), *(Line2D([], [], color=c, lw=3, label=name) for name, c in colours.items())]
+    colour = _GREY if len(colours) > 1 else next(iter(colours.values()))
+    leading = next(iter(markers))
+    handles.append(title("method"))
+    for method, marker in markers.items():
+        handle = Line2D([], [], color=colour, marker=marker, markersize=6.5, markeredgecolor="white", label=method)
+        handle.set_linestyle("-" if method == leading else (0, (3, 2)))
+        handle.set_linewidth(1.6 if method == leading else 1.0)
+        handles.append(handle)
+    points = [point for series in data.series for point in series.points]
+    handles.append(title("candidates"))
+    handles.append(mark("o", "on the front (line)", colour))
+    if not all(point.on_front for point in points):
+        handles.append(mark("o", "dominated", colour, 0.3, 5))
+    handles.append(
+        Line2D([], [], linestyle="none", marker="o", mfc="none", mec="black", ms=11, mew=1.3, label="knee of the study")
+    )
+    if any(series.repeats for series in data.series):
+        handles.append(Line2D([], [], color=colour, marker="+", ms=11, mew=1.3, lw=0, label="mean ± std over seeds"))
+    if data.dense:
+        handles.append(Line2D([], [], color=_GREY, linestyle="--", lw=1.1, marker="*", ms=10, mew=0, label="dense"))
+    legend = figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.2)
+    for text in legend.get_texts():
+        if text.get_text() in ("study", "method", "candidates"):
+            text.set_fontweight("bold")
+
+
+def _figure(data: FigureData) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 4.8), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    unit, label = _unit(data)
+    colours, markers = _colours(data), _markers(data)
+    for dense in data.dense:
+        colour = colours.get(dense.studies[0], _GREY) if len(dense.studies) == 1 < len(colours) else _GREY
+        axes.axhline(100 * dense.accuracy, color=colour, linestyle="--", linewidth=1.0, alpha=0.7, zorder=1)
+        if not math.isnan(dense.cost):
+            axes.scatter([dense.cost / unit], [100 * dense.accuracy], s=130, marker="*", color=colour, lw=0, zorder=5)
+    for series in reversed(data.series):  # the leading method is drawn last, on top
+        leading = series.method == next(iter(markers))
+        _draw_series(axes, series, unit, colours[series.study], markers[series.method], leading)
+    for at in data.knees:
+        axes.scatter(
+            [at.cost / unit],
+            [100 * at.accuracy],
+            s=150,
+            marker="o",
+            facecolors="none",
+            edgecolors="black",
+            lw=1.3,
+            zorder=6,
+        )
+    below = _frame(axes, data, unit)
+    names = " / ".join(colours) if len(colours) == 1 else f"{len(colours)} studies"
+    axes.set_title(f"{names}: validation accuracy against {'MACs' if data.x == 'macs' else data.x.split('_')[0]}")
+    axes.set_xlabel(label)
+    axes.set_ylabel("validation accuracy, %")
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    notes = [f"{below} candidates lie below the view"] if below else []
+    notes += [f"{data.left_out} candidates without figures are left out"] if data.left_out else []
+    if notes:
+        axes.annotate("; ".join(notes), (0.995, 0.015), xycoords="axes fraction", ha="right", fontsize=8, color=_GREY)
+    _legend(figure, data, colours, markers)
+    return figure
+
+
+def draw(data: FigureData, path: str | Path) -> Path:
+    """Draws the record to a PNG or SVG file, by the path's suffix, and returns the path.
+
+    The same record gives the same SVG, byte for byte, under one version of matplotlib. The file is written under a
+    temporary name first, so a half-written picture never stands under `path`. Raises ValueError for another suffix,
+    ImportError where matplotlib is missing.
+    """
+    path = Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"a picture's name must end in .png or .svg, but got {path.name!r}")
+    try:
+        from matplotlib import rc_context
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib; install it with: pip install 'nas-gate[plots]'") from error
+    picture = io.BytesIO()
+    with rc_context({"svg.hashsalt": "nas-gate", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        _figure(data).savefig(picture, format=path.suffix[1:], metadata=metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        unfinished.write_bytes(picture.getvalue())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,56 @@
+"""A module imports only from the layers below it, and `import nas_gate` needs no training library."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "nas_gate"
+LAYERS: dict[str, set[str]] = {name: set() for name in ("gates", "structure", "models", "data", "pareto")}
+LAYERS["cost"] = {"structure"}
+LAYERS["gating"] = {"cost", "gates", "structure"}
+LAYERS["landing"] = {"cost", "structure"}
+LAYERS["removal"] = {"cost", "gating", "structure"}
+LAYERS["inspect"] = {"cost", "structure"}
+LAYERS["candidate"] = {"models", "removal", "structure"}
+LAYERS["analysis"] = {"cost", "gates", "gating", "landing", "removal", "structure"}
+LAYERS["training"] = {"data"}
+LAYERS["selection"] = {"candidate", "pareto"}
+LAYERS["search"] = {*LAYERS} - {"pareto", "selection"}
+LAYERS["cli"] = {*LAYERS}
+LAYERS["__init__"] = {*LAYERS} - {"models", "data", "training", "search", "cli"}
+ONLY_IN = {"hydra": {"cli", "study"}, "omegaconf": {"cli", "study"}, "optuna": {"study"}}
+HEAVY = "lightning_fabric hydra omegaconf optuna torchvision sklearn pandas rich".split()
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports, inside functions too; the package's own public names count as its parts."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_only_from_below(path: Path) -> None:
+    layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert layer in LAYERS, f"{path.name} has no layer: give it one here"
+    for name in imports(path):
+        first, *rest = name.split(".")
+        assert layer in ONLY_IN.get(first, {layer}), f"only {ONLY_IN[first]} may import {first}, but {path} does"
+        if first == "nas_gate" and rest[0] in LAYERS:
+            assert rest[0] in LAYERS[layer] | {layer}, f"{layer} may not import {name}"
+        elif first == "nas_gate":
+            assert layer == "cli", f"{path} must import {name} from the module that defines it"
+
+
+def test_importing_the_package_pulls_in_no_training_library() -> None:
+    code = f"import sys, nas_gate; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
