@@ -11,7 +11,7 @@ columns mean:
 
   traced      `nas_gate.analyze` returned
   reachable   share of the dense model's MACs in operations that at least one gate can shrink
-  gated       `nas_gate.attach` returned, and with all gates open the outputs are the original's
+  gated       a `nas_gate.GatedModel` of it (what `attach` makes) with all gates open has the original's outputs
   removed     `nas_gate.remove_with_proof` cut a random keep: every unit stays with probability 1/2, at least one in
               every group
   equal       largest difference of gated and removed model over the largest output, on inputs that the analysis has
@@ -281,9 +281,8 @@ def examine(name: str) -> Row:
         _examine(row)
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
-        row.failure = (
-            f"{type(error).__name__}: {' '.join(str(error).split())[:400]} ({Path(at.filename).name}:{at.lineno})"
-        )
+        where = f"{Path(at.filename).name}:{at.lineno}"
+        row.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:400]} ({where})"
     row.seconds = round(time.perf_counter() - begin, 1)
     return row
 
@@ -306,7 +305,7 @@ def _examine(row: Row) -> None:
 
     fresh = inputs(row.task, size, 1, SEED + 1)
     gated = nas_gate.GatedModel(model, structure, example_inputs=(example, {})).eval()
-    # `attach` copies the model; here the weights are gigabytes, so the original is compared first and then gated
+    # `attach` would copy the weights, which are gigabytes in some models: here all share them
     gated.gates.weight.data.fill_(1.0)
     original = build(row.name, row.task).eval()
     original.load_state_dict(model.state_dict(), assign=True)

@@ -215,7 +215,7 @@ def _match_types(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in floating.items():
         new = {state[name].dtype} if name in state else became.get(tensor.dtype, set())
         if len(new) == 1:
-            tensor.data = tensor.data.to(*new)
+            tensor.data = tensor.data.to(next(iter(new)))
 
 
 def _registered(folder: Path, model: Mapping[str, Any]) -> nn.Module:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -24,10 +24,12 @@ AXES = {"macs": "MACs (multiply-accumulates)", "params": "parameters", "latency_
 
 # Colours for studies: Okabe and Ito's, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
-_MARKERS = {"gates": "o", "uniform": "s", "l1": "^", "bn_scale": "D", "random": "X"}
-_OTHER_MARKERS = ("P", "v", "p", "h", "<", ">")
-_SIZES = {"X": 44, "^": 46, "D": 32, "s": 36}  # square points, so that the marks look equally large
+_MARKERS = {"gates": "o", "uniform": "s", "l1": "^", "bn_scale": "D", "random": "v"}
+_OTHER_MARKERS = ("p", "h", "<", ">", "P", "X")
+_SIZES = {"v": 46, "^": 46, "D": 32, "s": 36}  # square points, so that the marks look equally large
 _GREY = "#4d4d4d"
+_DASHES = (0, (3, 2))
+_SHORT = {"macs": "MACs", "params": "parameters", "latency_ms": "latency"}
 
 
 # ---------------------------------------------------------------------------------------------------- the record
@@ -117,10 +119,11 @@ def _series(table: pd.DataFrame, study: str, method: str, x: str) -> Series:
         )
     )
     spread = repeats(ordered)
-    names = [f"{x}_mean", "accuracy_mean", f"{x}_std", "accuracy_std"]
-    numbers = np.column_stack([column(spread, name) for name in names])
+    numbers = [column(spread, name).tolist() for name in (f"{x}_mean", "accuracy_mean", f"{x}_std", "accuracy_std")]
     means = tuple(
-        Repeat(*row, int(count)) for row, count in zip(numbers.tolist(), spread["count"].tolist()) if count > 1
+        Repeat(cost, accuracy, cost_std, accuracy_std, int(count))
+        for cost, accuracy, cost_std, accuracy_std, count in zip(*numbers, spread["count"])
+        if count > 1
     )
     return Series(study, method, points, _staircase(best, x), means)
 
@@ -204,39 +207,46 @@ def _markers(data: FigureData) -> dict[str, str]:
     return {method: _MARKERS.get(method) or spare[method] for method in methods}
 
 
-def _colours(data: FigureData) -> dict[str, str]:
-    studies = list(dict.fromkeys(series.study for series in data.series))
-    if len(studies) <= len(_COLOURS):
-        return dict(zip(studies, _COLOURS))
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
+def _colours(data: FigureData) -> dict[tuple[str, str], str]:
+    """A colour for every (study, method): studies differ in colour; where there is only one, its methods do."""
+    keys = [(series.study, series.method) for series in data.series]
+    studies = list(dict.fromkeys(study for study, _ in keys))
+    names = studies if len(studies) > 1 else [method for _, method in keys]
+    palette = list(_COLOURS)
+    if len(names) > len(palette):
+        from matplotlib import colormaps
+        from matplotlib.colors import to_hex
 
-    spectrum = colormaps["turbo"](np.linspace(0.05, 0.95, len(studies)))
-    return {study: to_hex(colour) for study, colour in zip(studies, spectrum)}
+        palette = [to_hex(colour) for colour in colormaps["turbo"](np.linspace(0.05, 0.95, len(names)))]
+    of_name = dict(zip(names, palette))
+    return {(study, method): of_name[study if len(studies) > 1 else method] for study, method in keys}
 
 
 def _draw_series(axes: Axes, series: Series, unit: float, colour: str, marker: str, leading: bool) -> None:
+    """Front and candidates of one series. Where a baseline was repeated, its means speak, not its luckiest seeds."""
     size = _SIZES.get(marker, 42)
-    for best in (False, True):
-        points = [p for p in series.points if p.on_front is best]
+    only_means = bool(series.repeats) and not leading
+    for strong in (False, True):
+        points = [p for p in series.points if (p.on_front and not only_means) is strong]
         axes.scatter(
             [p.cost / unit for p in points],
             [100 * p.accuracy for p in points],
-            s=size if best else 0.6 * size,
+            s=size if strong else 0.6 * size,
             marker=marker,
             color=colour,
-            alpha=1.0 if best else 0.28,
-            edgecolors="white" if best else "none",
+            alpha=1.0 if strong else 0.28,
+            edgecolors="white" if strong else "none",
             linewidths=0.7,
-            zorder=4 if best else 2,
+            zorder=4 if strong else 2,
         )
-    corners = [(cost / unit, 100 * accuracy) for cost, accuracy in series.staircase]
+    line = [(r.cost, r.accuracy) for r in series.repeats] if only_means else series.staircase
     axes.plot(
-        *zip(*corners),
+        [cost / unit for cost, _ in line],
+        [100 * accuracy for _, accuracy in line],
         color=colour,
         linewidth=1.8 if leading else 1.0,
-        linestyle="-" if leading else (0, (3, 2)),
-        alpha=1.0 if leading else 0.6,
+        linestyle="-" if leading else _DASHES,
+        alpha=1.0 if leading else 0.7,
         zorder=3,
     )
     if series.repeats:
@@ -245,12 +255,12 @@ def _draw_series(axes: Axes, series: Series, unit: float, colour: str, marker: s
             [100 * r.accuracy for r in series.repeats],
             xerr=[r.cost_std / unit for r in series.repeats],
             yerr=[100 * r.accuracy_std for r in series.repeats],
-            fmt="_",
-            markersize=9,
+            fmt=marker,
+            markersize=6,
+            markerfacecolor="white",
+            markeredgewidth=1.3,
             color=colour,
-            ecolor=colour,
             elinewidth=1.3,
-            capsize=3,
             zorder=5,
         )
 
@@ -275,43 +285,46 @@ def _frame(axes: Axes, data: FigureData, unit: float) -> int:
     return sum(point.accuracy < floor for point in points)
 
 
-def _legend(figure: Figure, data: FigureData, colours: dict[str, str], markers: dict[str, str]) -> None:
+def _legend(
+    figure: Figure, data: FigureData, colours: dict[tuple[str, str], str], markers: dict[str, str], leading: str
+) -> None:
     from matplotlib.lines import Line2D
 
-    def title(text: str) -> Line2D:
-        return Line2D([], [], linestyle="none", label=text)
-
-    def mark(marker: str, label: str, colour: str = _GREY, alpha: float = 1.0, size: float = 6.5) -> Line2D:
-        return Line2D(
-            [], [], color=colour, marker=marker, linestyle="none", label=label, markersize=size, alpha=alpha, mew=0
+    studies = {study: colour for (study, _), colour in colours.items()}
+    groups: dict[str, list[Line2D]] = {"study": [], "method": [], "candidates": []}
+    if len(studies) > 1:
+        groups["study"] = [Line2D([], [], color=colour, lw=3, label=study) for study, colour in studies.items()]
+    for method, marker in markers.items():
+        colour = _GREY if len(studies) > 1 else next(c for (_, name), c in colours.items() if name == method)
+        style: Any = "-" if method == leading else _DASHES
+        width = 1.6 if method == leading else 1.0
+        groups["method"].append(
+            Line2D([], [], color=colour, marker=marker, ms=6.5, mec="white", ls=style, lw=width, label=method)
         )
 
-    handles: list[Line2D] = []
-    if len(colours) > 1:
-        handles += [title("study"), *(Line2D([], [], color=c, lw=3, label=name) for name, c in colours.items())]
-    colour = _GREY if len(colours) > 1 else next(iter(colours.values()))
-    leading = next(iter(markers))
-    handles.append(title("method"))
-    for method, marker in markers.items():
-        handle = Line2D([], [], color=colour, marker=marker, markersize=6.5, markeredgecolor="white", label=method)
-        handle.set_linestyle("-" if method == leading else (0, (3, 2)))
-        handle.set_linewidth(1.6 if method == leading else 1.0)
-        handles.append(handle)
-    points = [point for series in data.series for point in series.points]
-    handles.append(title("candidates"))
-    handles.append(mark("o", "on the front (line)", colour))
-    if not all(point.on_front for point in points):
-        handles.append(mark("o", "dominated", colour, 0.3, 5))
-    handles.append(
-        Line2D([], [], linestyle="none", marker="o", mfc="none", mec="black", ms=11, mew=1.3, label="knee of the study")
-    )
+    def mark(label: str, **style: Any) -> None:
+        handle = Line2D([], [], color=_GREY, marker="o", ls="none", ms=6.5, label=label)
+        handle.set(**style)
+        groups["candidates"].append(handle)
+
+    mark("on the front (line)", mew=0)
+    if not all(point.on_front for series in data.series for point in series.points):
+        mark(
+            "dominated" if not any(s.repeats for s in data.series) else "dominated, or one seed", alpha=0.3, ms=5, mew=0
+        )
     if any(series.repeats for series in data.series):
-        handles.append(Line2D([], [], color=colour, marker="+", ms=11, mew=1.3, lw=0, label="mean ± std over seeds"))
+        mark("mean ± std over seeds", mfc="white", mew=1.3)
+    mark("knee of the study" if len(studies) > 1 else "knee", mfc="none", mec="black", ms=11, mew=1.3)
     if data.dense:
-        handles.append(Line2D([], [], color=_GREY, linestyle="--", lw=1.1, marker="*", ms=10, mew=0, label="dense"))
+        priced = any(not math.isnan(dense.cost) for dense in data.dense)
+        mark("dense model", ls="--", lw=1.1, marker="*" if priced else "none", ms=10, mew=0)
+    handles = []
+    for title, members in groups.items():
+        if members:
+            handles += [Line2D([], [], ls="none", label=title), *members]
     legend = figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.2)
-    for text in legend.get_texts():
-        if text.get_text() in ("study", "method", "candidates"):
+    for handle, text in zip(handles, legend.get_texts()):
+        if all(handle not in members for members in groups.values()):
             text.set_fontweight("bold")
 
 
@@ -322,38 +335,33 @@ def _figure(data: FigureData) -> Figure:
     axes = figure.add_subplot()
     unit, label = _unit(data)
     colours, markers = _colours(data), _markers(data)
+    leading = next(iter(markers))  # gates where there are any: drawn strongest
+    studies = {study: colour for (study, _), colour in colours.items()}
     for dense in data.dense:
-        colour = colours.get(dense.studies[0], _GREY) if len(dense.studies) == 1 < len(colours) else _GREY
+        colour = studies.get(dense.studies[0], _GREY) if len(dense.studies) == 1 < len(studies) else _GREY
         axes.axhline(100 * dense.accuracy, color=colour, linestyle="--", linewidth=1.0, alpha=0.7, zorder=1)
         if not math.isnan(dense.cost):
             axes.scatter([dense.cost / unit], [100 * dense.accuracy], s=130, marker="*", color=colour, lw=0, zorder=5)
     for series in reversed(data.series):  # the leading method is drawn last, on top
-        leading = series.method == next(iter(markers))
-        _draw_series(axes, series, unit, colours[series.study], markers[series.method], leading)
+        colour = colours[series.study, series.method]
+        _draw_series(axes, series, unit, colour, markers[series.method], series.method == leading)
     for at in data.knees:
-        axes.scatter(
-            [at.cost / unit],
-            [100 * at.accuracy],
-            s=150,
-            marker="o",
-            facecolors="none",
-            edgecolors="black",
-            lw=1.3,
-            zorder=6,
-        )
+        place = [at.cost / unit], [100 * at.accuracy]
+        axes.scatter(*place, s=150, marker="o", facecolors="none", edgecolors="black", lw=1.3, zorder=6)
     below = _frame(axes, data, unit)
-    names = " / ".join(colours) if len(colours) == 1 else f"{len(colours)} studies"
-    axes.set_title(f"{names}: validation accuracy against {'MACs' if data.x == 'macs' else data.x.split('_')[0]}")
+    name = next(iter(studies)) if len(studies) == 1 else f"{len(studies)} studies"
+    axes.set_title(f"{name}: validation accuracy against {_SHORT[data.x]}")
     axes.set_xlabel(label)
     axes.set_ylabel("validation accuracy, %")
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    notes = [f"{below} candidates lie below the view"] if below else []
-    notes += [f"{data.left_out} candidates without figures are left out"] if data.left_out else []
+    notes = [f"below the view: {below}"] if below else []
+    notes += [f"without figures: {data.left_out}"] if data.left_out else []
     if notes:
-        axes.annotate("; ".join(notes), (0.995, 0.015), xycoords="axes fraction", ha="right", fontsize=8, color=_GREY)
-    _legend(figure, data, colours, markers)
+        note = "candidates " + ", ".join(notes)
+        axes.annotate(note, (0.995, 0.015), xycoords="axes fraction", ha="right", fontsize=8, color=_GREY)
+    _legend(figure, data, colours, markers, leading)
     return figure
 
 

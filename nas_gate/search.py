@@ -339,14 +339,35 @@ class Stage:
     params: float
 
 
-def search(settings: Settings, run_dir: Path, *, cache_dir: Path, console: Console | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Moment:
+    """Where a trial stands after an epoch of "gated" or "finetuned": validation accuracy, MACs at present."""
+
+    stage: str
+    epoch: int
+    accuracy: float
+    macs: float
+
+
+EpochHook = Callable[[Moment], None]
+"""Called after every new epoch of gated training and fine-tuning; what it raises ends the trial."""
+
+
+def search(
+    settings: Settings,
+    run_dir: Path,
+    *,
+    cache_dir: Path,
+    console: Console | None = None,
+    on_epoch: EpochHook | None = None,
+) -> dict[str, Any]:
     """Run the trial that `settings` describe in `run_dir`; returns its results, also in `result.json` there.
 
     Dense weights are kept in `cache_dir`, for all trials that need the same ones. The results: `accuracy`
     (validation, last epoch), `test_accuracy` (None if not asked for), `macs`, `params`, `macs_ratio` and
     `params_ratio` to the dense ones, `achieved` and `target` (in `metric`), `max_relative_error` of the
     removal, `<stage>_accuracy`, `<stage>_macs` and `<stage>_params` of the stages dense, gated, landed and
-    finetuned, `seconds_<stage>` of training, and `path`, the candidate's folder.
+    finetuned, `seconds_<stage>` of training, and `path`, the candidate's folder. `on_epoch` looks on.
 
     Raises Refused before any training, `training.Diverged` when a loss becomes NaN or infinite.
     """
@@ -379,7 +400,17 @@ def search(settings: Settings, run_dir: Path, *, cache_dir: Path, console: Conso
         histories["dense"] = train_dense(settings, prepared, cache_dir, console)
         measure("dense", prepared.dense, gated.cost.total("macs"), gated.cost.total("params"))
         gated.model.load_state_dict(prepared.dense.state_dict())
-        histories["gated"] = train_gated(settings, prepared, run_dir / "gated.pt", console)
+
+        def looking_on(stage: str, macs: Callable[[], float]) -> Callable[[Epoch], None] | None:
+            if on_epoch is None:
+                return None
+            return lambda entry: on_epoch(Moment(stage, entry.epoch, entry.accuracy, macs()))
+
+        def gated_macs() -> float:
+            return float(gated.cost_share("macs").detach()) * gated.cost.total("macs")
+
+        hook = looking_on("gated", gated_macs)
+        histories["gated"] = train_gated(settings, prepared, run_dir / "gated.pt", console, hook)
         with torch.no_grad():
             gated.eval()
             costs = [float(gated.cost(gated.keep(), metric)) for metric in ("macs", "params")]
@@ -389,7 +420,8 @@ def search(settings: Settings, run_dir: Path, *, cache_dir: Path, console: Conso
         removed = remove_with_proof(gated, keep)
         place(removed.model, fabric, channels_last=settings.hardware.channels_last)
         measure("landed", removed.model, removed.macs, removed.params)
-        histories["finetuned"] = fine_tune(settings, prepared, removed, run_dir / "finetuned.pt", console)
+        hook = looking_on("finetuned", lambda: float(removed.macs))
+        histories["finetuned"] = fine_tune(settings, prepared, removed, run_dir / "finetuned.pt", console, hook)
         measure("finetuned", removed.model, removed.macs, removed.params)
         test = evaluate(removed.model, prepared.test, fabric=fabric).accuracy if settings.test else None
 
@@ -444,7 +476,11 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
 
 
 def train_gated(
-    settings: Settings, prepared: Prepared, checkpoint: Path, console: Console | None = None
+    settings: Settings,
+    prepared: Prepared,
+    checkpoint: Path,
+    console: Console | None = None,
+    after_epoch: Callable[[Epoch], None] | None = None,
 ) -> list[Epoch]:
     """Train the weights and the gates of `prepared.gated` together, over the first epochs of the cycle."""
     gated = prepared.gated
@@ -468,6 +504,7 @@ def train_gated(
         checkpoint=checkpoint,
         console=console,
         label="gated",
+        after_epoch=after_epoch,
     )
 
 
@@ -477,6 +514,7 @@ def fine_tune(
     removed: Removed,
     checkpoint: Path,
     console: Console | None = None,
+    after_epoch: Callable[[Epoch], None] | None = None,
 ) -> list[Epoch]:
     """Train the small network over the rest of the cycle, distilling from the dense one if asked to."""
     objective = classification(settings.cycle.label_smoothing)
@@ -496,6 +534,7 @@ def fine_tune(
         checkpoint=checkpoint,
         console=console,
         label="fine-tuned",
+        after_epoch=after_epoch,
     )
 
 
@@ -550,7 +589,12 @@ def _save(settings: Settings, prepared: Prepared, removed: Removed, result: Plai
         removed.cut,
         model={"name": settings.model.name, "arguments": dict(prepared.model_arguments)},
         figures={key: value for key, value in result.items() if key != "path"},
-        provenance={"settings": described, "seed": settings.seed, "versions": versions()},
+        provenance={
+            "settings": described,
+            "seed": settings.seed,
+            "versions": versions(),
+            "input_shape": [prepared.data.in_channels, *prepared.data.image_size],
+        },
     )
 
 

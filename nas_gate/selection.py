@@ -212,7 +212,8 @@ def _why(prefer: str, best: pd.DataFrame, objectives: Objectives, position: int)
     if prefer == "accuracy":
         return f"It has the highest validation accuracy, {show('accuracy', best['accuracy'].iloc[position])}."
     if prefer != "knee":
-        return f"It has the lowest {_WORDS[cost]}, {show(cost, best[cost].iloc[position])}."
+        least = "lowest" if cost == "latency_ms" else "fewest"
+        return f"It has the {least} {_WORDS[cost]}, {show(cost, best[cost].iloc[position])}."
     distance = float(chord_distance(best, objectives)[position])
     if distance <= 1e-9:
         return "That front has no knee (no candidate lies above the line between its ends): the most accurate is taken."

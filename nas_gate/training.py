@@ -322,6 +322,7 @@ def fit(
     checkpoint: Path | None = None,
     console: Console | None = None,
     label: str = "train",
+    after_epoch: Callable[[Epoch], None] | None = None,
 ) -> list[Epoch]:
     """Train `module` in place and return its history, one `Epoch` for each of `epochs`.
 
@@ -330,6 +331,7 @@ def fit(
     the state is stored there after every epoch, and a call that finds the file continues after that epoch.
     `clip_norm` bounds the first optimiser's gradient norm (the weights'; gates come second). Under a
     distributed strategy every process calls `fit`, with loaders that hold its own share of the examples.
+    `after_epoch` is called with each new epoch once that is stored; what it raises ends the training.
 
     Raises Diverged when loss or weights are no longer finite: nothing of that epoch is stored.
     """
@@ -410,6 +412,8 @@ def fit(
                         )
                 fabric.barrier()
             display.epoch(history[-1])
+            if after_epoch is not None:
+                after_epoch(history[-1])
     return history
 
 

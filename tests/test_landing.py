@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import nas_gate
-from nas_gate import CostModel, Structure, landing, models
+from nas_gate import CostModel, landing, models
 
 WIDTHS = (6, 10, 4)
 

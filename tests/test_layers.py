@@ -17,12 +17,16 @@ LAYERS["inspect"] = {"cost", "structure"}
 LAYERS["candidate"] = {"models", "removal", "structure"}
 LAYERS["analysis"] = {"cost", "gates", "gating", "landing", "removal", "structure"}
 LAYERS["training"] = {"data"}
+LAYERS["search"] = {*LAYERS} - {"pareto"}
 LAYERS["selection"] = {"candidate", "pareto"}
-LAYERS["search"] = {*LAYERS} - {"pareto", "selection"}
+LAYERS["plots"] = {"pareto"}
+LAYERS["export"] = {"candidate", "cost", "models", "removal", "structure"}
+LAYERS["report"] = {"candidate", "pareto", "plots", "selection"}
+LAYERS["study"] = {*LAYERS}
 LAYERS["cli"] = {*LAYERS}
-LAYERS["__init__"] = {*LAYERS} - {"models", "data", "training", "search", "cli"}
+LAYERS["__init__"] = {*LAYERS} - {"models", "data", "training", "search", "study", "cli"}
 ONLY_IN = {"hydra": {"cli", "study"}, "omegaconf": {"cli", "study"}, "optuna": {"study"}}
-HEAVY = "lightning_fabric hydra omegaconf optuna torchvision sklearn pandas rich".split()
+HEAVY = ["lightning_fabric", "hydra", "omegaconf", "optuna", "torchvision", "sklearn", "pandas", "rich"]
 
 
 def imports(path: Path) -> set[str]:

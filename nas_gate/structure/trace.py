@@ -177,6 +177,10 @@ Rule = Callable[[Call], "Sequence[Sequence[Track]]"]
 """An operator's rule: reads a call, declares what must hold, returns the tracks of every tensor result."""
 
 
+class RuleError(RuntimeError):
+    """A rule of the table failed: a defect of the rule, not of the model or its inputs."""
+
+
 class _Values:
     """Values of live tensors."""
 
@@ -225,7 +229,10 @@ class _Recorder(TorchDispatchMode):
         outputs = call.outputs()
         if any(v.tracks for v in before):
             rule = self.rules.get(func, self.rules.get(packet, self.default))
-            results = rule(call)
+            try:
+                results = rule(call)
+            except Exception as error:
+                raise RuleError(f"the rule of {call.name} failed: {type(error).__name__}: {error}") from error
         else:
             results = [()] * len(outputs)
         why = next((v.why for v in before if not v.tracks and v.why != Value(()).why), None)
@@ -298,14 +305,20 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_operations() -> Iterator[None]:
-    """No gradients, no fused attention: what runs are the operations that the rules know and that are counted."""
+    """No gradients, no fused attention: what runs are the operations that the rules know and that are counted.
+
+    Full float32 precision on a GPU, too, where TF32 would hide small errors and make up others.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -345,6 +358,8 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The model's output on its example inputs; a ValueError that says why where the model rejects them."""
     try:
         return model(*args, **kwargs)
+    except RuleError:
+        raise
     except Exception as error:
         got = [tuple(a.shape) for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         raise ValueError(

@@ -188,13 +188,15 @@ def _rectangles(tracks: Sequence[Tensor], unit: Tensor) -> tuple[list[tuple[Tens
 
 
 def _uncut(movements: Sequence[Movement], unit: Ints) -> list[tuple[Tensor, str]]:
-    """Movements that random cuts show not to commute with cutting.
+    """Movements that cuts show not to commute with cutting.
 
-    One cut may commute by chance (a roll by one does when the last slot is kept), so its complement is tried, too.
+    One cut may commute by chance (a roll by one does when the last slot is kept), so beside a random cut and its
+    complement three are tried that leave out every third unit, each a different one.
     """
     refusals = []
-    random = np.random.default_rng(0).random((2, len(unit) + 1)) < 0.5
-    for keep in (random[0], ~random[0], random[1], ~random[1]):
+    units = np.arange(len(unit) + 1)
+    random = np.random.default_rng(0).random(len(units)) < 0.5
+    for keep in (random, ~random, *(units % 3 != third for third in range(3))):
         kept = torch.from_numpy(np.append((unit == FIXED) | keep[unit], True))  # the last entry stands for no label
         refusals += [(m.before[m.before >= 0], m.reason) for m in movements if not _commutes(m, kept)]
     return refusals

@@ -1,0 +1,80 @@
+"""What inspection says of a small network, against what is known of it by hand."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nas_gate
+
+
+class Net(nn.Module):
+    """One removable group, one that a roll fixes, and an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.second = nn.Conv2d(4, 6, 1)
+        self.last = nn.Linear(6 * 16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(self.first(x).roll(1, 1)).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def structure() -> nas_gate.Structure:
+    return nas_gate.analyze(Net(), torch.randn(1, 3, 4, 4))
+
+
+FIRST, SECOND, LAST = 3 * 4 * 16, 4 * 6 * 16, 6 * 16 * 2
+
+
+def test_the_record_by_hand(structure: nas_gate.Structure) -> None:
+    record = nas_gate.to_json(structure)
+    assert record["macs"] == FIRST + SECOND + LAST
+    assert record["params"] == (3 * 4 + 4) + (4 * 6 + 6) + (6 * 16 * 2 + 2)
+    assert record["units"] == 6
+    assert record["share_of_macs_reachable"] == (SECOND + LAST) / (FIRST + SECOND + LAST)
+    assert record["groups"] == [
+        {
+            "name": "second",
+            "units": 6,
+            "start": 0,
+            "members": [
+                {"tensor": "second.weight", "dim": 0, "slots_per_unit": 1},
+                {"tensor": "second.bias", "dim": 0, "slots_per_unit": 1},
+                {"tensor": "last.weight", "dim": 1, "slots_per_unit": 16},
+            ],
+        }
+    ]
+    fixed = {(f["tensor"], f["dim"]): (f["slots"], f["of"], f["reason"]) for f in record["fixed"]}
+    assert fixed.keys() == {
+        *(("first.weight", 0), ("first.weight", 1), ("first.bias", 0)),
+        *(("second.weight", 1), ("last.weight", 0), ("last.bias", 0)),
+    }
+    assert fixed["last.weight", 0] == (2, 2, "it is an output of the model")
+    assert fixed["second.weight", 1][:2] == (4, 4)
+    assert "roll" in fixed["second.weight", 1][2]
+
+
+def test_the_record_is_plain_json(structure: nas_gate.Structure) -> None:
+    record = nas_gate.to_json(structure)
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+
+
+def test_the_text_says_the_same(structure: nas_gate.Structure) -> None:
+    text = nas_gate.describe(structure)
+    assert text.startswith("768 MACs, 240 parameters; 6 removable units in 1 groups; gates reach 75.0% of the MACs\n")
+    assert "  second       6 units  second.weight:0, second.bias:0, last.weight:1 x16\n" in text
+    assert "  it is an output of the model: last.weight:0 (2), last.bias:0 (2)" in text
+    reason = next(f.reason for f in structure.fixed if f.tensor == "second.weight")
+    assert f"  {reason}: first.weight:0 (4), first.bias:0 (4), second.weight:1 (4)" in text
+
+
+def test_a_model_without_groups() -> None:
+    structure = nas_gate.analyze(nn.Linear(3, 2), torch.randn(1, 3))
+    assert nas_gate.to_json(structure)["groups"] == []
+    assert "removable groups (tensor:dimension, xN where every unit has N slots there):\n  none\n" in nas_gate.describe(
+        structure
+    )
