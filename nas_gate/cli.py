@@ -28,7 +28,7 @@ nas-gate: neural architecture search with trainable gates
 Begin with
   nas-gate search                         digits, half of the MACs, about a minute on two cores
   nas-gate search experiment=debug        every stage in seconds
-  nas-gate inspect model=torchvision model.name=resnet18 --input 3x224x224
+  nas-gate inspect model=torchvision model.name=resnet18
 
 `nas-gate search --help` and `nas-gate inspect --help` list models, data sets and every option.
 `nas-gate --version` prints the version.
@@ -41,9 +41,9 @@ accumulates that they reach, and for everything else the reason why it is fixed.
 
 INSPECT_EXAMPLES = """\
 examples:
-  nas-gate inspect                                       the default model on the default data
-  nas-gate inspect model=resnet56 --input 3x32x32        no data needed: the input's size is given
-  nas-gate inspect model=torchvision model.name=densenet121 --input 3x224x224 --json
+  nas-gate inspect                                       the default model
+  nas-gate inspect model=resnet56                        on images of the size that it was made for
+  nas-gate inspect model=torchvision model.name=densenet121 --json
   nas-gate inspect model=custom model.name=my_package.nets:small --input 3x64x64
 """
 
@@ -56,7 +56,7 @@ T = TypeVar("T")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (by default this process's) and return its exit code.
 
-    0 done; 1 training diverged; 2 a mistake in what was asked, told in one message; 130 interrupted. What is
+    0 done; 1 training diverged, or a study could not go on; 2 a mistake in what was asked, told in one message; 130 interrupted. What is
     a defect of this package itself is raised, with its traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -87,6 +87,7 @@ def _told() -> Iterator[list[int]]:
     from omegaconf.errors import OmegaConfBaseException
 
     from nas_gate.search import Refused
+    from nas_gate.study import StudyFailed
     from nas_gate.training import Diverged
 
     code = [0]
@@ -94,7 +95,7 @@ def _told() -> Iterator[list[int]]:
         yield code
     except (Refused, HydraException, OmegaConfBaseException) as error:
         code[0] = _mistake(_whole_message(error))
-    except Diverged as error:
+    except (Diverged, StudyFailed) as error:
         _mistake(str(error))
         code[0] = 1
     except KeyboardInterrupt:
@@ -123,9 +124,11 @@ def _search(overrides: Sequence[str]) -> None:
     from hydra.types import RunMode
 
     from nas_gate.search import Refused
+    from nas_gate.study import sweeper
     from nas_gate.training import Diverged
 
     register_resolvers()
+    sweeper.register([sys.executable, "-m", "nas_gate.cli", "search", *overrides])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach `_told`, which tells mistakes from defects
     failed: list[Exception] = []
     command = sys.argv
@@ -153,15 +156,22 @@ def _search(overrides: Sequence[str]) -> None:
 
 
 def _run(config: DictConfig, run_dir: Path) -> dict[str, Any]:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
     from omegaconf import OmegaConf
     from rich.console import Console
 
     from nas_gate.search import search
+    from nas_gate.study import epoch_hook
 
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     here = Path.cwd()
     run_dir = run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir
-    return search(settings_of(plain), run_dir, cache_dir=Path(plain["cache_dir"]), console=Console())
+    settings, cache_dir = settings_of(plain), Path(plain["cache_dir"])
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return search(settings, run_dir, cache_dir=cache_dir, console=Console())
+    with (run_dir / "log.txt").open("a") as log:  # a study says one line about each trial
+        return search(settings, run_dir, cache_dir=cache_dir, console=Console(file=log), on_epoch=epoch_hook())
 
 
 def conf_dir() -> Path:
@@ -284,19 +294,23 @@ def _inspect(arguments: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="model=... data=..., as in search")
-    parser.add_argument("--input", metavar="CxHxW", help="size of one input; without it, the data set is loaded")
+    parser.add_argument("--input", metavar="CxHxW", help="size of one input; without it, that of the data set given, or the one the model was made for")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--config-dir", metavar="DIR", help="configuration files of your own")
     options = parser.parse_intermixed_args(arguments)
 
-    from nas_gate import analyze, inspect
+    from nas_gate import analyze, inspect, models
     from nas_gate.search import example_input, load_data, refusing, seeded_model
 
     settings = settings_of(composed(options.overrides, options.config_dir))
     with refusing():
-        if options.input is None:
+        natural = models.natural_input(settings.model.name, settings.model.arguments)
+        if options.input is None and natural and not any(o.lstrip("+").startswith("data") for o in options.overrides):
+            shape: tuple[int, ...] = natural
+            model, _ = seeded_model(settings, shape[0])
+        elif options.input is None:
             data = load_data(settings)
-            shape: tuple[int, ...] = (data.in_channels, *data.image_size)
+            shape = (data.in_channels, *data.image_size)
             model, _ = seeded_model(settings, data.in_channels, data.num_classes)
         else:
             shape = _shape(options.input)

@@ -46,6 +46,15 @@ def test_search_inspect_and_their_results(capsys: pytest.CaptureFixture[str]):
     assert structure["params"] == result["dense_params"]
 
 
+def test_inspect_takes_the_size_that_a_model_was_made_for(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["inspect", "model=resnet56", "--json"]) == 0
+    assert round(json.loads(capsys.readouterr().out)["macs"] / 1e6, 2) == 125.49
+    assert cli.main(["inspect", "model=resnet20", "data=digits", "--json"]) == 0
+    small = json.loads(capsys.readouterr().out)["macs"]
+    assert cli.main(["inspect", "model=resnet20", "--input", "1x8x8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["macs"] == small
+
+
 def test_inspect_needs_no_data_where_the_input_is_given(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["inspect", "--input", "3x32x32", "model=resnet20", "data=cifar10"]) == 0
     shown = capsys.readouterr().out

@@ -78,6 +78,19 @@ def without_weights(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return imagenet.without_weights(name, arguments) if name in imagenet.names() else dict(arguments)
 
 
+def natural_input(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """(channels, height, width) of the images that a registered model was made for; None for a factory of your own."""
+    if name not in BUILDERS:
+        return None
+    if name == "digits_cnn":
+        channels, side = 1, 8
+    elif name in imagenet.names() and arguments.get("stem") != "cifar":
+        channels, side = 3, arguments.get("image_size", 299 if name == "inception_v3" else 224)
+    else:
+        channels, side = 3, 32
+    return arguments.get("in_channels", channels), side, side
+
+
 def _resolve(name: str) -> Builder:
     if name in BUILDERS:
         return BUILDERS[name]
