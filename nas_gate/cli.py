@@ -56,8 +56,8 @@ T = TypeVar("T")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (by default this process's) and return its exit code.
 
-    0 done; 1 training diverged, or a study could not go on; 2 a mistake in what was asked, told in one message; 130 interrupted. What is
-    a defect of this package itself is raised, with its traceback.
+    0 done; 1 training diverged, or a study could not go on; 2 a mistake in what was asked, told in one message;
+    130 interrupted. What is a defect of this package itself is raised, with its traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
@@ -87,7 +87,7 @@ def _told() -> Iterator[list[int]]:
     from omegaconf.errors import OmegaConfBaseException
 
     from nas_gate.search import Refused
-    from nas_gate.study import StudyFailed
+    from nas_gate.study.boundary import StudyFailed
     from nas_gate.training import Diverged
 
     code = [0]
@@ -162,7 +162,7 @@ def _run(config: DictConfig, run_dir: Path) -> dict[str, Any]:
     from rich.console import Console
 
     from nas_gate.search import search
-    from nas_gate.study import epoch_hook
+    from nas_gate.study.boundary import epoch_hook
 
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     here = Path.cwd()
