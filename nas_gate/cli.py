@@ -294,7 +294,11 @@ def _inspect(arguments: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="model=... data=..., as in search")
-    parser.add_argument("--input", metavar="CxHxW", help="size of one input; without it, that of the data set given, or the one the model was made for")
+    parser.add_argument(
+        "--input",
+        metavar="CxHxW",
+        help="size of one input (default: of the data given, or what the model was made for)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--config-dir", metavar="DIR", help="configuration files of your own")
     options = parser.parse_intermixed_args(arguments)
