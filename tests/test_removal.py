@@ -346,7 +346,7 @@ def shifted(tensor: Tensor, slots: dict[int, tuple[int, ...]]) -> Tensor:
 def test_the_proof_finds_wrong_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     gated = attach_chain()
     monkeypatch.setattr(removal, "cut_tensor", shifted)
-    with pytest.raises(RemovalError, match=r"must compute what the gated one does, but .* \(allowed: 0\.0001\)"):
+    with pytest.raises(RemovalError, match=r"must compute what the gated one does, but .* \(allowed: 1e-05\)"):
         nas_gate.remove_with_proof(gated, KEEP)
 
 
@@ -482,7 +482,7 @@ def test_a_model_that_is_not_a_number_is_refused() -> None:
     gated = attach_chain()
     with torch.no_grad():
         gated.model[3].weight[:] = float("nan")
-    with pytest.raises(RemovalError, match="largest relative error is nan"):
+    with pytest.raises(RemovalError, match="largest relative error is nan in float64"):
         nas_gate.remove_with_proof(gated, KEEP)
 
 
@@ -634,3 +634,38 @@ def test_every_wrong_cut_is_found() -> None:
     assert passed == []
     trial = removal.compare(model, cut_model(model, right), structure, right, keep, (x,), {})
     assert trial.error < 1e-6
+
+
+def test_rounding_is_told_from_a_wrong_cut() -> None:
+    """An output that magnifies rounding is equal in float64; a weak branch that is cut wrongly is not."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Flatten(), nn.Linear(192, 512), nn.ReLU(), nn.Linear(512, 8))
+    chaotic = nas_gate.attach(Net(lambda self, x: torch.sin(1e6 * self.inner(x)), inner=inner), images())
+    keep = half(chaotic.structure)
+    removed = nas_gate.remove_with_proof(chaotic, keep)
+    with torch.no_grad():
+        chaotic.gates.weight.copy_(torch.where(keep, 1.0, -1.0))
+        assert relative_error(chaotic.eval()(images()), removed.model.eval()(images())) > removal.TOLERANCE
+    assert 0 < removed.max_relative_error < 1e-6
+
+    weak = Net(lambda self, x: self.outer(x) + 5e-5 * self.inner(x), inner=chain(), outer=nn.Conv2d(3, 4, 5))
+    structure = nas_gate.analyze(weak, images())
+    keep = torch.ones(structure.units, dtype=torch.bool)
+    group = next(g for g in structure.groups if g.size == 6)
+    keep[group.start : group.stop] = KEEP
+    cut = cut_of(structure, keep)
+    name = "inner.3.weight"
+    wrong = Cut({**cut.slots, name: {1: (0, 1, 2)}}, cut.widths)
+    trial = removal.compare(weak, cut_model(weak, wrong), structure, wrong, keep, (images(),), {})
+    assert removal.DOUBT < trial.error < removal.TOLERANCE
+    with pytest.raises(RemovalError, match=r"in float64 \(allowed: 1e-05\)"):
+        removal.check(structure, keep, trial)
+
+
+def test_a_model_that_makes_float32_numbers_is_judged_in_float32() -> None:
+    """float64 cannot tell there, so the doubt stays one."""
+    model = Net(lambda self, x: torch.sin(3e3 * self.inner(x).float()), inner=chain())
+    structure = nas_gate.analyze(model, images())
+    trial = removal.compare(model, model, structure, Cut({}, {}), KEEP, (images(),), {})
+    assert trial.exact is None
+    assert trial.error > removal.TOLERANCE  # nothing was cut, so they differ
