@@ -174,7 +174,9 @@ def conf_dir() -> Path:
 
 
 def register_resolvers() -> None:
-    """Make `${nas_gate.digest:}` known: eight digits that follow from all that determines a result."""
+    """Make known `${nas_gate.digest:}`, eight digits that follow from all that determines a result, and
+    `${nas_gate.shares:}`, the targets that are asked for.
+    """
     from omegaconf import OmegaConf
 
     def digest(*, _root_: DictConfig) -> str:
@@ -182,7 +184,12 @@ def register_resolvers() -> None:
         whole["data"] = {key: value for key, value in whole["data"].items() if key not in PLACES}
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
 
+    def shares(*, _root_: DictConfig) -> str:
+        targets = _root_.target if _root_.targets is None else _root_.targets
+        return str(targets).strip("[]").replace(", ", "-")
+
     OmegaConf.register_new_resolver("nas_gate.digest", digest, replace=True)
+    OmegaConf.register_new_resolver("nas_gate.shares", shares, replace=True)
 
 
 # --- from configuration to plain values ---------------------------------------------------------------------
@@ -190,11 +197,13 @@ def register_resolvers() -> None:
 SETTINGS = (
     "model",
     "data",
+    "method",
     "gate",
     "budget",
     "training",
     "hardware",
     "target",
+    "targets",
     "metric",
     "round_to",
     "seed",
@@ -224,10 +233,21 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
             "data": _made(Named, {"name": data.pop("name", None), "arguments": data}, "data"),
             **{name: _made(kind, training[name], f"training.{name}") for name, kind in parts.items()},
             "hardware": _made(Hardware, config["hardware"], "hardware"),
-            **{name: config[name] for name in ("target", "metric", "round_to", "seed", "test")},
+            **{name: config[name] for name in ("method", "target", "metric", "round_to", "seed", "test")},
+            "targets": _shares(config["targets"]),
         },
         "",
     )
+
+
+def _shares(value: Any) -> tuple[float, ...] | None:
+    from nas_gate.search import Refused
+
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(type(share) in (int, float) for share in value):
+        raise Refused(f"`targets` must be a list of numbers, but is {value!r}.")
+    return tuple(map(float, value))
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

@@ -1,0 +1,113 @@
+"""Baselines: a score for every unit, read off trained dense weights, in place of learned gates.
+
+What follows is the same for all: units close in ascending order of score until the target is met
+(`landing.choose`), and the rest is removed. So a comparison with gates is about the choice of units alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from nas_gate.gating import ranks
+from nas_gate.structure import Structure
+
+Floats = npt.NDArray[np.float64]
+
+NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+"""Modules whose `weight` is a scale per channel."""
+
+
+def score(method: str, structure: Structure, model: nn.Module, seed: int = 0) -> Tensor:
+    """The score of every unit of `structure` under a method of BASELINES, shape (units,), float64; high ones stay.
+
+    `model` holds the trained weights; only "random" looks at `seed`. Raises ValueError for an unknown method, and
+    where a method finds nothing to score by.
+    """
+    if method not in BASELINES:
+        raise ValueError(f"method must be one of {tuple(BASELINES)}, but got {method!r}")
+    return torch.from_numpy(BASELINES[method](structure, model, seed))
+
+
+def l1(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:
+    """The mean |w| over all weights that go with a unit, relative to the mean of its group.
+
+    Li, Kadav, Durdanovic, Samet and Graf: "Pruning Filters for Efficient ConvNets" (ICLR 2017) rank the filters of a
+    layer by their sum of |w|. A unit may be several coupled filters and the slices that read them, hence the mean
+    over all of them; and the size of weights differs between layers for reasons that say nothing about their worth,
+    hence the relation to the group, without which no order over the whole network would make sense.
+    """
+    weights = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.ndim > 1}
+    values = _means(structure, weights)  # every unit has some: the weights that consume it
+    group = structure.group_of_unit()
+    average = np.bincount(group, values) / np.bincount(group)
+    return values / np.where(average > 0, average, 1.0)[group]
+
+
+def uniform(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:
+    """The same share of every group, its units by `l1`.
+
+    The score is a unit's place in its group: the middle of its 1/n of (0, 1). One threshold over the network then
+    leaves every group the same share, to the nearest unit.
+    """
+    group = structure.group_of_unit()
+    start = np.array([g.start for g in structure.groups])
+    size = np.array([g.size for g in structure.groups])
+    scores = torch.from_numpy(l1(structure, model))
+    rank = ranks(scores, torch.from_numpy(group), torch.from_numpy(start)).numpy()
+    place: Floats = 1 - (rank + 0.5) / size[group]
+    return place
+
+
+def bn_scale(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:
+    """|gamma|, the scale that normalisation gives to a unit's channel (the mean, where it has several).
+
+    Liu, Li, Shen, Huang, Yan and Zhang: "Learning Efficient Convolutional Networks through Network Slimming" (ICCV
+    2017), without the L1 penalty on gamma that they train with: the dense weights are the same for all methods. A
+    group without norms takes part as an average one: its units get the quantiles of all other scores, in the order
+    of `uniform`. Raises ValueError where no group has a norm with scales.
+    """
+    names = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, NORMS)}
+    values = _means(structure, {n: p for n, p in model.named_parameters(remove_duplicate=False) if n in names})
+    known = ~np.isnan(values)
+    if not known.any():
+        raise ValueError(
+            f"method='bn_scale' needs norms with scales over removable units, but none of the {len(structure.groups)} "
+            f"groups of {type(model).__name__} has any; choose another method"
+        )
+    place = uniform(structure, model)[~known]
+    values[~known] = np.quantile(values[known], place)
+    return values
+
+
+def random(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:
+    """A random order of all units, the same for the same seed."""
+    return np.random.default_rng(seed).permutation(structure.units).astype(np.float64)
+
+
+BASELINES: dict[str, Callable[[Structure, nn.Module, int], Floats]] = {
+    "uniform": uniform,
+    "l1": l1,
+    "bn_scale": bn_scale,
+    "random": random,
+}
+
+
+def _means(structure: Structure, tensors: Mapping[str, Tensor]) -> Floats:
+    """The mean absolute entry over the slots that every unit has in `tensors`, shape (units,); NaN without any."""
+    total, count = np.zeros(structure.units), np.zeros(structure.units)
+    for slots in structure.slots:
+        if slots.tensor not in tensors:
+            continue
+        tensor = tensors[slots.tensor].detach()
+        along = tensor.abs().movedim(slots.dim, 0).flatten(1) if tensor.ndim > 1 else tensor.abs()[:, None]
+        mine = slots.units >= 0
+        np.add.at(total, slots.units[mine], along.double().sum(1).cpu().numpy()[mine])
+        np.add.at(count, slots.units[mine], along.shape[1])
+    means: Floats = np.divide(total, count, out=np.full(structure.units, np.nan), where=count > 0)
+    return means

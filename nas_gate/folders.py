@@ -1,0 +1,81 @@
+"""The folders that trials work in: held by one process, of one trial's settings, with files that are whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric import Fabric
+from rich.console import Console
+
+from nas_gate.settings import Plain, Refused
+from nas_gate.training import replacing
+
+
+@contextmanager
+def held(folder: Path, fabric: Fabric, *, wait: bool = False, console: Console | None = None) -> Iterator[None]:
+    """Hold `folder` against other runs, which wait or are refused. A killed process lets go by dying."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        if fabric.is_global_zero:
+            try:
+                import fcntl
+            except ImportError:  # no such locks on Windows; all files are replaced whole, so the last one wins
+                pass
+            else:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not wait:
+                        raise Refused(f"Another process is working in {folder}.") from None
+                    if console is not None:
+                        console.print(f"waiting for another process to finish {folder}", soft_wrap=True)
+                    fcntl.flock(file, fcntl.LOCK_EX)
+        fabric.barrier()
+        yield
+
+
+def refuse_other_settings(described: Plain, run_dir: Path) -> None:
+    """Refused if the folder belongs to other settings, saying what differs."""
+    file = run_dir / "settings.json"
+    if not file.exists():
+        return
+    before, now = _flat(read_json(file)), _flat(described)
+    differing = [
+        f"{key}: {before.get(key, 'nothing')!r} there, {now.get(key, 'nothing')!r} asked for"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise Refused(
+            f"{run_dir} holds a run with other settings ({'; '.join(differing)}). "
+            "Choose another folder, or ask for the same settings to continue that run."
+        )
+
+
+def _flat(plain: Plain, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        inner = isinstance(value, Mapping) and value
+        flat.update(_flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value})
+    return flat
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def write_json(path: Path, content: Plain) -> None:
+    """Write an object, whole or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def file_name(name: str) -> str:
+    """`name` with only letters that every file system takes."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)

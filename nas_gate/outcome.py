@@ -1,0 +1,153 @@
+"""What a trial gives back: the figures of its candidates, and what a person is shown of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nas_gate import models
+from nas_gate.pareto import hypervolume
+from nas_gate.prepare import Prepared
+from nas_gate.removal import Removed
+from nas_gate.settings import Leg, Plain, Settings
+from nas_gate.training import Epoch
+
+STAGES = {"dense": "dense", "gated": "gated", "landed": "landed", "finetuned": "fine-tuned"}
+"""Stages in order, and what they are called in print; baselines have no gated one."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A network at one point of the trial: validation accuracy in [0, 1], MACs, parameters."""
+
+    name: str
+    accuracy: float
+    macs: float
+    params: float
+
+
+def figures(
+    settings: Settings,
+    leg: Leg,
+    stages: Sequence[Stage],
+    histories: Mapping[str, Sequence[Epoch]],
+    removed: Removed,
+    test_accuracy: float | None,
+    path: Path,
+) -> dict[str, Any]:
+    """The flat results of one candidate: see `search.search`."""
+    dense, last = stages[0], stages[-1]
+    ratios = {"macs": last.macs / dense.macs, "params": last.params / dense.params}
+    result: dict[str, Any] = {
+        "method": settings.method,
+        "accuracy": last.accuracy,
+        "macs": removed.macs,
+        "params": removed.params,
+        "macs_ratio": ratios["macs"],
+        "params_ratio": ratios["params"],
+        "metric": settings.metric,
+        "target": leg.target,
+        "achieved": ratios[settings.metric],
+        "max_relative_error": removed.max_relative_error,
+        "test_accuracy": test_accuracy,
+    }
+    for stage in stages:
+        for name in ("accuracy", "macs", "params"):
+            result[f"{stage.name}_{name}"] = getattr(stage, name)
+    for name, history in histories.items():
+        result[f"seconds_{name}"] = sum(epoch.seconds for epoch in history)
+    return {**result, "path": str(path)}
+
+
+def combined(results: Mapping[str, Plain]) -> dict[str, Any]:
+    """The results of a trial with several targets: those of the last candidate, and what they make together.
+
+    `candidates` are the names of `results`, in order of targets; `hypervolume` is that of their points (accuracy,
+    share of the dense MACs), beyond no accuracy at the dense cost: at most 1.
+    """
+    points = [(result["accuracy"], result["macs_ratio"]) for result in results.values()]
+    volume = hypervolume(points, reference=(0.0, 1.0), maximise=(True, False))
+    return {**list(results.values())[-1], "candidates": list(results), "hypervolume": volume}
+
+
+def announce(settings: Settings, prepared: Prepared, console: Console) -> None:
+    """Say what is about to be done."""
+    cost, structure = prepared.gated.cost, prepared.gated.structure
+    wanted = f"target {settings.target}" if settings.targets is None else f"targets {shares(settings.targets)}"
+    _print(
+        console,
+        f"{settings.model.name} on {settings.data.name}: {millions(cost.total('macs'))} MACs, "
+        f"{millions(cost.total('params'))} parameters, {structure.units} units in {len(structure.groups)} "
+        f"groups; {wanted} of the {settings.metric} (reachable: from {prepared.lowest:.3f}) by {settings.method}",
+    )
+
+
+def announce_leg(settings: Settings, leg: Leg, console: Console) -> None:
+    """Say which epochs of the cycle lead to the next of several targets."""
+    legs = settings.legs()
+    gated = f"gated epochs {leg.begin + 1} to {leg.end}, " if leg.end > leg.begin else ""
+    _print(
+        console,
+        f"target {leg.target} ({legs.index(leg) + 1} of {len(legs)}): {gated}fine-tuning over epochs {leg.end + 1} to "
+        f"{settings.cycle.epochs} of the cycle; {settings.epochs()} epochs for all targets",
+    )
+
+
+def tell(result: Plain, console: Console) -> None:
+    """One line about a finished candidate."""
+    _print(
+        console,
+        f"target {result['target']}: accuracy {result['accuracy']:.2%}, {millions(result['macs'])} MACs, "
+        f"{millions(result['params'])} parameters, {result['achieved']:.4f} of the dense {result['metric']}",
+    )
+
+
+def report(settings: Settings, result: Plain, candidates: Sequence[Plain], console: Console) -> None:
+    """The closing table, where the candidates lie, and how to load one.
+
+    A row per stage of the trial's only candidate, or one per candidate where `targets` asked for several.
+    """
+    table = Table("", "accuracy", "MACs", "params", f"share of {result['metric']}", title="validation")
+    if settings.targets is None:
+        rows = [(label, result, stage) for stage, label in STAGES.items() if f"{stage}_accuracy" in result]
+    else:
+        rows = [("dense", result, "dense"), *((f"target {c['target']}", c, "finetuned") for c in candidates)]
+    for label, of, stage in rows:
+        share = of[f"{stage}_{of['metric']}"] / of[f"dense_{of['metric']}"]
+        counts = (millions(of[f"{stage}_macs"]), millions(of[f"{stage}_params"]))
+        table.add_row(label, f"{of[f'{stage}_accuracy']:.2%}", *counts, f"{share:.4f}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    if settings.targets is None:
+        _print(console, f"achieved {result['achieved']:.4f} of the dense {result['metric']}, asked {result['target']}")
+    else:
+        _print(console, f"hypervolume beyond (accuracy 0, dense MACs): {result['hypervolume']:.4f}")
+    if result["test_accuracy"] is not None:
+        tested = ", ".join(f"{c['test_accuracy']:.2%}" for c in candidates)
+        _print(console, f"test accuracy, measured once: {tested}")
+    _print(console, f"largest relative error of the removal: {max(c['max_relative_error'] for c in candidates):.1e}")
+    for candidate in candidates:
+        _print(console, f"candidate: {candidate['path']}")
+    # a file is never trusted to name what to import
+    factory = "" if settings.model.name in models.names() else ", factory=<what makes the dense model>"
+    _print(console, f"load it:   import nas_gate; model = nas_gate.load({str(result['path'])!r}{factory})")
+
+
+def millions(count: float) -> str:
+    """A count in millions, for people."""
+    return f"{count / 1e6:.3f} M"
+
+
+def shares(targets: Sequence[float]) -> str:
+    """Several targets, for people."""
+    return ", ".join(map(str, targets))
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
