@@ -128,7 +128,7 @@ class Settings:
             targets,
         )
         # a target left at its default says nothing; any other one contradicts
-        require(self.target == TARGET, f"`targets` takes the place of `target`; with targets={targets}", self.target)
+        require(self.target == TARGET, f"give `targets` or `target`, not both: targets={targets}", self.target)
         if self.method == "gates":
             require(
                 len(targets) <= self.gating.epochs,

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import nas_gate
-from nas_gate import data, models, search
+from nas_gate import budgets, data, models, search
 from nas_gate.cli import composed, conf_dir, settings_of
 
 GROUPS = {
@@ -68,8 +68,8 @@ def test_every_gate_file_makes_its_gate(name: str):
 @pytest.mark.parametrize("name", GROUPS["budget"])
 def test_every_budget_file_makes_its_budget(name: str):
     settings = settings_of(composed(chosen("budget", name)))
-    made = search.make_budget(settings.budget.name, "macs", **settings.budget.arguments)
-    assert isinstance(made, search.BUDGETS[name])  # type: ignore[arg-type]
+    made = budgets.make_budget(settings.budget.name, "macs", **settings.budget.arguments)
+    assert isinstance(made, budgets.BUDGETS[name])  # type: ignore[arg-type]
 
 
 def test_every_option_has_a_comment():
@@ -107,6 +107,8 @@ def test_the_run_folder_follows_from_what_determines_the_result(tmp_path: Path):
     assert folder("+data.root=elsewhere") == plain
     for other in ("budget.arguments.weight=5", "gate=gumbel", "training.cycle.epochs=50", "test=false"):
         assert folder(other) != plain
+    assert "-seed0-l1-" in folder("method=l1")
+    assert "-macs0.7-0.3-" in folder("targets=[0.7,0.3]")
     assert folder("run=mine") == "runs/mine"
 
 

@@ -2,7 +2,6 @@ import io
 import json
 import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 import nas_gate
-from nas_gate import data, models, search, training
+from nas_gate import baselines, budgets, data, folders, landing, models, search, training
 from nas_gate.search import Gating, Named, Refused, Settings
 from nas_gate.training import Diverged, Hardware, Recipe
 
@@ -127,59 +126,225 @@ def test_the_cache_knows_what_determines_dense_weights(change: dict, tmp_path: P
     assert names[0] != names[1]
 
 
-def test_killed_in_every_stage_it_continues_to_the_same_weights(
-    whole: tuple[Path, dict[str, Any], str], tmp_path: Path
+SEVERAL = replace(TINY, cycle=replace(RECIPE, epochs=5), gating=replace(TINY.gating, epochs=4), target=0.5)
+SEVERAL = replace(SEVERAL, targets=(0.7, 0.4), gate=Named("gumbel"), budget=Named("lagrangian"))
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """One finished trial with two targets: its folder, its results, what it printed."""
+    folder, text = tmp_path_factory.mktemp("several"), io.StringIO()
+    result = run(folder, SEVERAL, console=Console(file=text, width=140))
+    return folder, result, text.getvalue()
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_search
+from nas_gate import search
+settings, folder = getattr(test_search, sys.argv[3]), Path(sys.argv[1])
+real_fit, real_write, left = search.fit, search.write_json, 7  # five steps an epoch: each life finishes one more
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Deadly:
+    def __init__(self, loader):
+        self.loader = loader
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+    def __len__(self):
+        return len(self.loader)
+    def __iter__(self):
+        global left
+        for batch in self.loader:
+            if left == 0:
+                die()
+            left -= 1
+            yield batch
+
+def write(path, content):  # once before each file, too
+    mark = folder / f"died-before-{path.parent.name}-{path.name}"
+    if not mark.exists():
+        mark.touch()
+        die()
+    real_write(path, content)
+
+search.fit = lambda module, train, *a, **k: real_fit(module, Deadly(train), *a, **k)
+search.write_json = write
+for life in range(40):
+    child = os.fork()
+    if child == 0:
+        test_search.run(folder, settings)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code != -signal.SIGKILL:
+        sys.exit(code)
+    print(life)
+"""
+
+
+@pytest.mark.parametrize(("name", "deaths"), [("TINY", 9), ("SEVERAL", 15)])
+def test_killed_in_every_epoch_and_before_every_file_it_continues_to_the_same_weights(
+    name: str, deaths: int, tmp_path: Path
 ):
-    _, result, _ = whole
-    script = textwrap.dedent(
-        """
-        import os, signal, sys
-        from pathlib import Path
-        sys.path.insert(0, sys.argv[2])
-        from test_search import TINY, run
-        from nas_gate import search
-        real, folder = search.fit, Path(sys.argv[1])
-
-        def dying(stage, steps):  # dies in the given stage after so many steps
-            def fit(module, train, *a, label, **k):
-                if label == stage:
-                    class Deadly:
-                        left = steps
-                        def __getattr__(self, name):
-                            return getattr(train, name)
-                        def __len__(self):
-                            return len(train)
-                        def __iter__(self):
-                            for batch in train:
-                                if self.left == 0:
-                                    os.kill(os.getpid(), signal.SIGKILL)
-                                self.left -= 1
-                                yield batch
-                    return real(module, Deadly(), *a, label=label, **k)
-                return real(module, train, *a, label=label, **k)
-            return fit
-
-        for stage in ("dense", "gated", "fine-tuned"):
-            child = os.fork()
-            if child == 0:
-                search.fit = dying(stage, 7)  # five steps an epoch: in the second one
-                run(folder)
-            assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, stage
-        assert not (folder / "run" / "result.json").exists()
-        """
-    )
-    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    settings = globals()[name]
+    command = [sys.executable, "-c", DYING, str(tmp_path), str(Path(__file__).parent), name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in (tmp_path / "run").glob("*.pt")} == {"gated.pt", "finetuned.pt"}
-    continued = run(tmp_path)
-    assert same_weights(result["path"], continued["path"])
+    assert len(done.stdout.splitlines()) == deaths
+    killed, whole = tmp_path / "run", tmp_path / "whole"
+    search.search(settings, whole, cache_dir=tmp_path / "dense")
+    files = sorted(p.relative_to(whole) for p in whole.rglob("*"))
+    assert files == sorted(p.relative_to(killed) for p in killed.rglob("*"))  # no checkpoint is left
+    for file in (f for f in files if f.name == "result.json"):
+        one, other = (json.loads((folder / file).read_text()) for folder in (killed, whole))
+        assert same_weights(one["path"], other["path"])
+        assert measured(one) == measured(other)
+    assert measured(run(tmp_path, settings)) == measured(json.loads((whole / "result.json").read_text()))
 
-    def measured(r: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in r.items() if k != "path" and not k.startswith("seconds")}
 
-    assert measured(continued) == measured(result)
-    assert list((tmp_path / "run").glob("*.pt")) == []  # the candidate holds the weights now
+def measured(result: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in result.items() if k != "path" and not k.startswith("seconds")}
+
+
+def test_each_target_has_its_candidate(several: tuple[Path, dict[str, Any], str]):
+    folder, result, text = several
+    assert result == json.loads((folder / "run" / "result.json").read_text())
+    assert result["candidates"] == ["target-0.7", "target-0.4"]
+    assert "gated.pt" not in {p.name for p in folder.glob("run/**/*")}
+    points = []
+    for name, target, gated in zip(result["candidates"], SEVERAL.targets or (), (2, 4)):
+        one = json.loads((folder / "run" / name / "result.json").read_text())
+        network = nas_gate.load(folder / "run" / name / "candidate")
+        assert one["path"] == str(folder / "run" / name / "candidate")
+        assert nas_gate.count_macs(network, (torch.zeros(1, 1, 8, 8),)) == one["macs"]
+        assert one["macs"] / one["dense_macs"] == one["macs_ratio"] <= one["target"] == target
+        digits = data.load("digits", batch_size=256)
+        assert (
+            training.evaluate(network, digits.test, fabric=training.connect(TINY.hardware)).accuracy
+            == (one["test_accuracy"])
+        )
+        history = json.loads((folder / "run" / name / "history.json").read_text())
+        assert [e["epoch"] for e in history["gated"]] == list(range(gated))
+        assert [e["epoch"] for e in history["finetuned"]] == list(range(gated, 5))
+        points.append((one["macs_ratio"], one["accuracy"]))
+        assert f"target {target}: accuracy {one['accuracy']:.2%}" in text
+        assert f"│ target {target} " in text
+    assert {k: result[k] for k in one} == one  # the last one's figures
+    (wide, good), (narrow, fair) = points  # the area by hand: a step down at each point
+    by_hand = (1 - wide) * good + (wide - narrow) * fair if good > fair else (1 - narrow) * fair
+    assert result["hypervolume"] == pytest.approx(by_hand)
+    assert "target 0.4 (2 of 2): gated epochs 3 to 4, fine-tuning over epochs 5 to 5 of the cycle; 8 epochs" in text
+
+
+def test_the_first_leg_is_the_search_for_its_target_alone(several: tuple[Path, dict[str, Any], str], tmp_path: Path):
+    """With a gate that knows no progress, the legs after it change nothing about a candidate."""
+    folder, _, _ = several
+    trainable = replace(SEVERAL, gate=Named("trainable"))
+    run(tmp_path, trainable)
+    alone = replace(trainable, targets=None, target=0.7, gating=replace(SEVERAL.gating, epochs=2))
+    result = search.search(alone, tmp_path / "alone", cache_dir=folder / "dense")
+    leg = json.loads((tmp_path / "run" / "target-0.7" / "result.json").read_text())
+    assert measured(leg) == measured(result)
+    assert same_weights(leg["path"], result["path"])
+
+
+def test_finished_targets_are_reported_and_not_repeated(
+    several: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+):
+    folder, result, before = several
+    monkeypatch.setattr(search, "prepare", None)
+    text = io.StringIO()
+    assert run(folder, SEVERAL, console=Console(file=text, width=140)) == result
+    table = before[before.index("validation") :]
+    assert text.getvalue().endswith(table)
+
+
+@pytest.mark.parametrize("method", ["uniform", "l1", "bn_scale", "random"])
+def test_a_baseline_cuts_trained_dense_weights_and_trains_as_long(
+    method: str, whole: tuple[Path, dict[str, Any], str], tmp_path: Path
+):
+    folder, gates, _ = whole
+    text = io.StringIO()
+    settings = replace(TINY, method=method)
+    result = search.search(
+        settings, tmp_path / "run", cache_dir=folder / "dense", console=Console(file=text, width=120)
+    )
+    assert {k for k in gates if "gated" in k} == gates.keys() - result.keys()
+    assert (result["method"], gates["method"]) == (method, "gates")
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert history.keys() == {"dense", "finetuned"}
+    assert [e["epoch"] for e in history["finetuned"]] == [0, 1, 2, 3]
+    assert "gated" not in text.getvalue()
+    assert f"by {method}" in text.getvalue()
+
+    dense = models.build("digits_cnn", width=0.25)
+    (stored,) = (folder / "dense").glob("*/dense.pt")
+    dense.load_state_dict(torch.load(stored)["module"])
+    structure = nas_gate.analyze(dense.eval(), torch.zeros(1, 1, 8, 8))
+    keep = landing.choose(structure, baselines.score(method, structure, dense, seed=0), 0.6)
+    kept = nas_gate.load(result["path"])
+    widths = [kept.get_parameter(g.members[0].tensor).shape[g.members[0].dim] for g in structure.groups]
+    assert widths == structure.open_units(keep).tolist()
+    assert result["macs"] == int(nas_gate.CostModel(structure)(keep)) <= 0.6 * result["dense_macs"]
+
+
+def test_the_hook_sees_every_epoch_once_and_may_end_the_trial(whole: tuple[Path, dict[str, Any], str], tmp_path: Path):
+    folder, result, _ = whole
+    moments: list[search.Moment] = []
+
+    def look(moment: search.Moment) -> None:
+        moments.append(moment)
+        if len(moments) in (1, 3):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            search.search(TINY, tmp_path / "run", cache_dir=folder / "dense", on_epoch=look)
+    stopped = search.search(TINY, tmp_path / "run", cache_dir=folder / "dense", on_epoch=look)
+    assert measured(stopped) == measured(result)
+    assert [(m.stage, m.epoch) for m in moments] == [("gated", 0), ("gated", 1), ("finetuned", 2), ("finetuned", 3)]
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert [m.accuracy for m in moments] == [e["accuracy"] for e in history["gated"] + history["finetuned"]]
+    shares = [e["figures"]["cost"] for e in history["gated"]]
+    assert [m.macs for m in moments[:2]] == pytest.approx([s * result["dense_macs"] for s in shares])
+    assert [m.macs for m in moments[2:]] == [result["macs"]] * 2
+
+
+def test_legs_share_the_gated_epochs():
+    settings = replace(TINY, cycle=Recipe(epochs=20), gating=Gating(epochs=8), targets=(0.7, 0.5, 0.2), target=0.5)
+    assert [(leg.above, leg.target, leg.begin, leg.end) for leg in settings.legs()] == [
+        (1.0, 0.7, 0, 2),
+        (0.7, 0.5, 2, 5),
+        (0.5, 0.2, 5, 8),
+    ]
+    assert settings.epochs() == 8 + 18 + 15 + 12
+    plain = replace(settings, method="random")
+    assert [(leg.begin, leg.end) for leg in plain.legs()] == [(0, 0)] * 3
+    assert plain.epochs() == 60
+    assert replace(settings, targets=None).epochs() == 20
+
+
+def test_the_target_descends_from_leg_to_leg():
+    gated = nas_gate.attach(models.build("digits_cnn", width=0.25), torch.zeros(1, 1, 8, 8))
+    gating = Gating(epochs=8, descent=0.5)
+    settings = replace(TINY, cycle=Recipe(epochs=10), gating=gating, targets=(0.6, 0.2), target=0.5)
+    controller = budgets.GateController(gated, budgets.make_budget("penalty", "macs"), settings)
+    for epoch, target in (
+        (0.0, 1.0),
+        (1.0, 0.8),
+        (2.0, 0.6),
+        (3.9, 0.6),
+        (4.0, 0.6),
+        (5.0, 0.4),
+        (6.0, 0.2),
+        (7.9, 0.2),
+    ):
+        controller.before_step(epoch)
+        assert controller.figures()["target"] == pytest.approx(target)
 
 
 def test_nan_stops_the_stage_with_the_dense_weights_kept(tmp_path: Path):
@@ -193,7 +358,7 @@ def test_nan_stops_the_stage_with_the_dense_weights_kept(tmp_path: Path):
 def test_the_penalty_follows_the_descending_target():
     gated = nas_gate.attach(models.build("digits_cnn", width=0.25), torch.zeros(1, 1, 8, 8))
     settings = replace(TINY, cycle=Recipe(epochs=10), gating=Gating(epochs=10, descent=0.5), target=0.4)
-    controller = search.GateController(gated, search.make_budget("penalty", "macs", weight=2.0), settings)
+    controller = budgets.GateController(gated, budgets.make_budget("penalty", "macs", weight=2.0), settings)
     for epoch, target in ((0.0, 1.0), (2.5, 0.7), (5.0, 0.4), (9.9, 0.4)):
         controller.before_step(epoch)
         assert controller.figures() == pytest.approx({"cost": 1.0, "target": target})
@@ -203,7 +368,7 @@ def test_the_penalty_follows_the_descending_target():
 def test_the_lagrangian_is_part_of_the_checkpoint():
     gated = nas_gate.attach(models.build("digits_cnn", width=0.25), torch.zeros(1, 1, 8, 8))
     first, second = (
-        search.GateController(gated, search.make_budget("lagrangian", "macs", rate=0.5), TINY) for _ in "ab"
+        budgets.GateController(gated, budgets.make_budget("lagrangian", "macs", rate=0.5), TINY) for _ in "ab"
     )
     first.before_step(2.0)
     for _ in range(3):
@@ -233,6 +398,15 @@ def changed(**change: Any) -> Settings:
     [
         (lambda: changed(target=0.0), r"0 < target < 1.*got 0\.0"),
         (lambda: changed(target=1.0), r"0 < target < 1.*got 1\.0"),
+        (lambda: changed(target=0.5, targets=()), r"`targets` must hold at least one"),
+        (lambda: changed(target=0.5, targets=(0.7, 1.0)), r"0 < target < 1.* each of `targets`.*got \(0\.7, 1\.0\)"),
+        (lambda: changed(target=0.5, targets=(0.5, 0.7)), r"must descend strictly.*got \(0\.5, 0\.7\)"),
+        (lambda: changed(target=0.5, targets=(0.5, 0.5)), r"must descend strictly"),
+        (lambda: changed(target=0.4, targets=(0.7, 0.5)), r"`targets` or `target`, not both.*got 0\.4"),
+        (lambda: changed(target=0.5, targets=(0.7, 0.5, 0.3)), r"gating\.epochs >= len\(targets\).* 3 targets.*got 2"),
+        (lambda: changed(target=0.5, targets=(0.7, 0.001)), r"target=0\.001 is below what is reachable"),
+        (lambda: changed(method="l2"), r"`method` must be one of .*'gates', 'uniform', 'l1'.* got 'l2'"),
+        (lambda: changed(method="bn_scale", model=Named("test_baselines:unscaled")), "bn_scale.* needs norms"),
         (lambda: changed(metric="flops"), "metric must be one of macs, params"),
         (lambda: changed(seed=-1), "seed >= 0"),
         (lambda: changed(gating=Gating(epochs=5)), r"gating.epochs <= cycle.epochs.*=4.* got 5"),
@@ -277,9 +451,9 @@ def test_other_settings_in_the_same_folder_are_refused_with_what_differs(
 def test_a_folder_in_use_is_refused(tmp_path: Path):
     fabric = SimpleNamespace(is_global_zero=True, barrier=lambda: None)
     with (
-        search.held(tmp_path, fabric),  # type: ignore[arg-type]
+        folders.held(tmp_path, fabric),  # type: ignore[arg-type]
         pytest.raises(Refused, match="Another process is working in"),
-        search.held(tmp_path, fabric),  # type: ignore[arg-type]
+        folders.held(tmp_path, fabric),  # type: ignore[arg-type]
     ):
         pass
 
