@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def rows(settings: Settings, folder: Path, cache_dir: Path, console: Console) ->
                 "target": leg.target,
                 **{name: one[name] for name in FIGURES},
                 "dense_accuracy": one["dense_accuracy"],
-                "epochs": leg.end - leg.begin + settings.cycle.epochs - leg.end,
+                "epochs": settings.cycle.epochs - leg.begin,  # gated ones of its own leg, and its fine-tuning
                 "seconds": round(one["seconds_gated"] - gated_before + one["seconds_finetuned"], 2),
             }
         )
@@ -100,7 +101,8 @@ def markdown(summary: dict[str, Any], environment: dict[str, Any]) -> str:
         lines.append(f"| {name} | {one['searches']:g} | {one['descent']:g} | {one['ratio']:.3f} |")
     lines += [
         "",
-        "Without the dense network, which both take from the cache.",
+        "Without the dense network, which both take from the cache. Epochs are exact; seconds are those of a machine with "
+        f"a load of {environment['load_at_start'][0]} on {environment['cores']} cores at the start.",
         "",
         f"`{environment['command']}`, seeds {environment['seeds']}, {environment['processor']} "
         f"({environment['threads']} threads), torch {environment['versions']['torch']}, commit "
@@ -122,7 +124,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     seeds, targets = ([0], TARGETS[:2]) if arguments.quick else (arguments.seeds, TARGETS)
     overrides = [*(["experiment=debug"] if arguments.quick else []), *arguments.overrides]
-    environment = _environment.describe(seeds=seeds, overrides=overrides, threads=torch.get_num_threads())
+    load, threads = [round(v, 2) for v in os.getloadavg()], torch.get_num_threads()
+    environment = _environment.describe(seeds=seeds, overrides=overrides, threads=threads, load_at_start=load)
     console = Console()
     table: list[dict[str, Any]] = []
     for number, seed in enumerate(seeds):

@@ -104,10 +104,10 @@ def _means(structure: Structure, tensors: Mapping[str, Tensor]) -> Floats:
     for slots in structure.slots:
         if slots.tensor not in tensors:
             continue
-        tensor = tensors[slots.tensor].detach()
+        tensor = tensors[slots.tensor].detach().cpu()
         along = tensor.abs().movedim(slots.dim, 0).flatten(1) if tensor.ndim > 1 else tensor.abs()[:, None]
         mine = slots.units >= 0
-        np.add.at(total, slots.units[mine], along.double().sum(1).cpu().numpy()[mine])
+        np.add.at(total, slots.units[mine], along.double().sum(1).numpy()[mine])
         np.add.at(count, slots.units[mine], along.shape[1])
     means: Floats = np.divide(total, count, out=np.full(structure.units, np.nan), where=count > 0)
     return means

@@ -84,9 +84,8 @@ class Trial:
 
     def measured(self, name: str, module: nn.Module, macs: float, params: float) -> Stage:
         """The stage `name`, with the validation accuracy of `module`."""
-        return Stage(
-            name, evaluate(module, self.prepared.validation, fabric=self.prepared.fabric).accuracy, macs, params
-        )
+        accuracy = evaluate(module, self.prepared.validation, fabric=self.prepared.fabric).accuracy
+        return Stage(name, accuracy, macs, params)
 
     def looking_on(self, stage: str, macs: Callable[[], float]) -> Callable[[Epoch], None] | None:
         """The hook for the epochs of a stage."""
@@ -186,8 +185,9 @@ def find(trial: Trial, leg: Leg, folder: Path) -> dict[str, Any]:
             _save(settings, prepared, removed, result)
             write_json(folder / "history.json", {k: [asdict(e) for e in v] for k, v in histories.items()})
             write_json(folder / "result.json", result)
-            (folder / "finetuned.pt").unlink(missing_ok=True)  # the candidate holds the weights now
         fabric.barrier()
+    if fabric.is_global_zero:
+        (folder / "finetuned.pt").unlink(missing_ok=True)  # the candidate holds the weights now
     if console is not None and several:
         tell(result, console)
     return result
