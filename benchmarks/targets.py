@@ -101,8 +101,8 @@ def markdown(summary: dict[str, Any], environment: dict[str, Any]) -> str:
         lines.append(f"| {name} | {one['searches']:g} | {one['descent']:g} | {one['ratio']:.3f} |")
     lines += [
         "",
-        "Without the dense network, which both take from the cache. Epochs are exact; seconds are those of a machine with "
-        f"a load of {environment['load_at_start'][0]} on {environment['cores']} cores at the start.",
+        "Without the dense network, which both take from the cache. Epochs are exact; seconds are those of a machine "
+        f"with a load of {environment['load_at_start'][0]} on {environment['cores']} cores at the start.",
         "",
         f"`{environment['command']}`, seeds {environment['seeds']}, {environment['processor']} "
         f"({environment['threads']} threads), torch {environment['versions']['torch']}, commit "
