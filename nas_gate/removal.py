@@ -355,34 +355,23 @@ class _Narrow(TorchDispatchMode):
 
 @contextmanager
 def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[None]:
-    """Let the model compute what its gated self does for a boolean keep, shape (units,), for a while.
-
-    The weights' slots that closed gates multiply by 0 are overwritten, and restored afterwards: for a network of
-    gigabytes that is far cheaper than a product.
-    """
+    """Let the model compute what its gated self does for a boolean keep, shape (units,), for a while."""
     own = tensors_of(model)
-    saved: list[tuple[Tensor, int, Tensor, Tensor]] = []
-    over_kept: list[nn.Module] = []
-    shut = np.append(~keep.cpu().numpy(), False)  # -1, the last entry: slots without a gate
-    try:
-        for gate in structure.gates:
-            weight = own[gate.tensor].data
-            index = torch.from_numpy(np.flatnonzero(shut[gate.units])).to(weight.device)
-            saved.append((weight, gate.dim, index, weight.index_select(gate.dim, index)))
-            weight.index_fill_(gate.dim, index, 0)
-        for norm in structure.norms:
-            module, kept = model.get_submodule(norm.tensor), torch.from_numpy(~shut[norm.units])
-            weight = module.get_parameter("weight").data
-            saved.append((weight, 0, torch.arange(len(weight), device=weight.device), weight.clone()))
-            weight.mul_(float(kept.double().mean().sqrt()))
-            normalize_over_kept(module, norm.dim, kept.to(weight))
-            over_kept.append(module)
+    kept = np.append(keep.cpu().numpy(), True)  # -1, the last entry: slots without a gate
+    weights: dict[str, Tensor] = {}
+    norms = [(model.get_submodule(n.tensor), n.dim, torch.from_numpy(kept[n.units])) for n in structure.norms]
+    for gate in structure.gates:
+        weight = weights.get(gate.tensor, own[gate.tensor].data)
+        mask = torch.from_numpy(kept[gate.units]).to(weight)
+        weights[gate.tensor] = weight * mask.reshape([-1 if d == gate.dim else 1 for d in range(weight.dim())])
+    with ExitStack() as exits:
+        exits.enter_context(_holding(model, weights))
+        for module, dim, over in norms:
+            weight = module.get_parameter("weight")
+            exits.enter_context(_holding(module, {"weight": weight.data * over.double().mean().sqrt().to(weight)}))
+            normalize_over_kept(module, dim, over.to(weight))
+            exits.callback(normalize_over_all, module)
         yield
-    finally:
-        for module in over_kept:
-            normalize_over_all(module)
-        for weight, dim, index, values in reversed(saved):
-            weight.index_copy_(dim, index, values)
 
 
 @contextmanager
