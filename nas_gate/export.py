@@ -10,7 +10,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -33,7 +33,7 @@ CHECKED = (1, 2, 7)
 """Batch sizes on which an exported file is compared with the network."""
 
 INSTALL = 'pip install "nas-gate[export]"'
-CARD = "MODEL_CARD.md"
+CARD, LATENCY = "MODEL_CARD.md", "latency.json"
 
 # How often a latency is measured: after a warm-up, until `SECONDS` have passed, but within these counts.
 WARM_UP, FEWEST, MOST, SECONDS = 3, 7, 300, 1.0
@@ -520,6 +520,23 @@ def _threads(count: int) -> str:
 
 def _machine() -> str:
     return f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} logical cores"
+
+
+def save_latencies(exported: Exported) -> Path:
+    """Leave the latencies in the candidate's folder, for `nas_gate.collect`; those of an export before are replaced."""
+    path = exported.candidate / LATENCY
+    record = {
+        "machine": exported.machine,
+        "versions": dict(exported.versions),
+        "latencies": [asdict(latency) for latency in exported.latencies],
+    }
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
 
 
 # --- text ---------------------------------------------------------------------------------------------------

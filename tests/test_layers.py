@@ -27,11 +27,15 @@ LAYERS["search"] = {*LAYERS}
 LAYERS["selection"] = {"candidate", "pareto"}
 LAYERS["plots"] = {"pareto"}
 LAYERS["export"] = {"candidate", "cost", "models", "removal", "structure"}
-LAYERS["report"] = {"candidate", "pareto", "plots", "selection"}
+LAYERS["collect"] = {"candidate", "pareto"}
+LAYERS["table"] = {"collect", "pareto", "selection"}
+LAYERS["report"] = {"candidate", "collect", "export", "models", "pareto", "plots", "removal"}
+LAYERS["reproduce"] = set()
+LAYERS["commands"] = {*LAYERS}
 LAYERS["study"] = {*LAYERS}
 LAYERS["cli"] = {*LAYERS}
 TRIAL = {"baselines", "budgets", "folders", "outcome", "prepare", "settings", "search"}
-LAYERS["__init__"] = {*LAYERS} - {"models", "data", "training", "study", "cli"} - TRIAL
+LAYERS["__init__"] = {*LAYERS} - {"models", "data", "training", "study", "commands", "cli"} - TRIAL
 ONLY_IN = {"hydra": {"cli", "study"}, "omegaconf": {"cli", "study"}, "optuna": {"study"}}
 HEAVY = ["lightning_fabric", "hydra", "omegaconf", "optuna", "torchvision", "sklearn", "pandas", "rich"]
 
