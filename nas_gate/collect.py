@@ -18,15 +18,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from nas_gate import latency
 from nas_gate.candidate import CandidateError, read
 from nas_gate.pareto import REQUIRED, check_table
 
 Plain = Mapping[str, Any]
 
-CANDIDATE, RESULT, SETTINGS, HISTORY, LATENCY = (
-    *("candidate", "result.json", "settings.json", "history.json"),
-    "latency.json",  # in the candidate's folder, where `nas-gate export` leaves what it measured
-)
+CANDIDATE, RESULT, SETTINGS, HISTORY = "candidate", "result.json", "settings.json", "history.json"
 OWN_COLUMN = ("target", "seed", "method")
 """Settings that have a column of their own."""
 
@@ -85,14 +83,14 @@ def collect(folders: Sequence[Path]) -> Collected:
             for run in runs:
                 try:
                     row = _row(study, number, run, settings)
-                    latencies[row["path"]] = _measured(run / CANDIDATE / LATENCY)
+                    latencies[row["path"]] = _measured(run / CANDIDATE / latency.RECORD)
                 except _Unreadable as error:
                     skipped.append(Skipped(run, str(error)))
                 else:
                     rows.append(row)
     table = _varying(pd.DataFrame(rows, columns=None if rows else list(REQUIRED)))
-    table, latency = _with_latency(table, latencies)
-    return Collected(table, tuple(skipped), tuple(unfinished), latency)
+    table, condition = _with_latency(table, latencies)
+    return Collected(table, tuple(skipped), tuple(unfinished), condition)
 
 
 def run_of(candidate: Path) -> tuple[Plain, Plain]:

@@ -262,10 +262,10 @@ def export(arguments: Sequence[str]) -> None:
         parser.error(f"--output takes the files of one candidate, but {len(options.candidates)} are given")
 
     with _mistakes():
-        from nas_gate import models
+        from nas_gate import latency, models
         from nas_gate.candidate import read
-        from nas_gate.export import describe, save_latencies
         from nas_gate.export import export as exported_candidate
+        from nas_gate.exported import describe
 
         for given in options.candidates:
             folder = given / "candidate" if (given / "candidate").is_dir() else given
@@ -282,7 +282,7 @@ def export(arguments: Sequence[str]) -> None:
             )
             print(describe(exported))
             if exported.latencies:
-                save_latencies(exported)
+                latency.save(folder, exported.latencies, exported.versions)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ def overrides(settings: Plain, known: Shipped) -> list[str]:
     """The fewest overrides whose composition gives `settings`, as they stand in a run's `settings.json`."""
     wanted = configuration_of(settings)
     tried = [_from_experiment(wanted, name, known) for name in known.experiments]
-    return min(tried, key=lambda each: (len(each), sum(map(len, each))))
+    return min(tried, key=_length)
 
 
 def command(settings: Plain, known: Shipped) -> str:
@@ -74,6 +74,10 @@ def configuration_of(settings: Plain) -> dict[str, Any]:
         raise ValueError(f"these settings are not those of a search: there is no {error}") from error
 
 
+def _length(overrides: Sequence[str]) -> tuple[int, int]:
+    return len(overrides), sum(map(len, overrides))
+
+
 def _from_experiment(wanted: Plain, experiment: str | None, known: Shipped) -> list[str]:
     base = known.experiments[experiment]
     found = [] if experiment is None else [f"experiment={experiment}"]
@@ -81,7 +85,7 @@ def _from_experiment(wanted: Plain, experiment: str | None, known: Shipped) -> l
         changes = list(_changes(base, {key: value}, ""))
         for choice, part in known.choices.get(key, {}).items():
             other = [f"{key}={choice}", *_changes({key: part}, {key: value}, "")]
-            changes = min(changes, other, key=len)  # of equally many, those without another file
+            changes = min(changes, other, key=_length)
         found += changes
     return found
 
