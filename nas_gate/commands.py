@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas_gate.search import Refused
+from nas_gate.settings import Refused
 
 if TYPE_CHECKING:
     from nas_gate.collect import Collected
@@ -77,14 +77,14 @@ PyTorch; latency of the dense network and the candidate, in PyTorch and ONNX Run
 follow the MACs; and a model card. The latencies are also left in the candidate's folder (latency.json), where
 pareto, report and select find them.
 
-A CANDIDATE is the folder that holds candidate.json, or the run around it.
+A CANDIDATE is a folder that holds candidate.json; of a run or a study, all candidates are exported.
 """
 
 EXPORT_EXAMPLES = """\
 examples:
-  nas-gate export runs/studies/digits/7                                 into .../7/candidate/export
+  nas-gate export runs/studies/digits/7/candidate                       into .../7/candidate/export
   nas-gate export runs/studies/digits/7 --format onnx -o deploy
-  nas-gate export runs/studies/digits/* --batch-sizes 1 --threads 1     latency of a whole study
+  nas-gate export runs/studies/digits --format onnx --batch-sizes 1     latency of a whole study
   nas-gate export runs/mine --factory my_package.nets:small             a model of your own
 """
 
@@ -258,8 +258,6 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument("--input", type=_sizes, metavar="CxHxW", help="size of one input, where none is recorded")
     _add_factory(parser)
     options = parser.parse_args(arguments)
-    if options.output is not None and len(options.candidates) > 1:
-        parser.error(f"--output takes the files of one candidate, but {len(options.candidates)} are given")
 
     with _mistakes():
         from nas_gate import latency, models
@@ -267,8 +265,10 @@ def export(arguments: Sequence[str]) -> None:
         from nas_gate.export import export as exported_candidate
         from nas_gate.exported import describe
 
-        for given in options.candidates:
-            folder = given / "candidate" if (given / "candidate").is_dir() else given
+        folders = [folder for given in options.candidates for folder in _candidates(given)]
+        if options.output is not None and len(folders) > 1:
+            raise ValueError(f"--output takes the files of one candidate, but {len(folders)} are given")
+        for folder in folders:
             factory = options.factory and partial(models.build, options.factory, **read(folder).model["arguments"])
             exported = exported_candidate(
                 folder,
@@ -349,6 +349,13 @@ def _collected(studies: Sequence[Path]) -> Collected:
     if len(collected.table) == 0:
         raise ValueError(f"there is no finished candidate in {', '.join(map(str, studies))}")
     return collected
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """A candidate's folder itself, or those of all candidates of a run or a study."""
+    from nas_gate.candidate import RECORD
+
+    return [folder] if (folder / RECORD).exists() else [Path(path) for path in _collected([folder]).table["path"]]
 
 
 def _check_latency(collected: Collected, columns: Sequence[str]) -> None:

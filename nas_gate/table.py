@@ -10,6 +10,7 @@ import pandas as pd
 
 from nas_gate.collect import Collected
 from nas_gate.pareto import marked, repeats, summary
+from nas_gate.plots import method_order
 from nas_gate.selection import show
 
 TITLES = {"accuracy": "accuracy", "test_accuracy": "test", "macs": "MACs", "params": "params", "latency_ms": "latency"}
@@ -76,7 +77,8 @@ def _fronts(table: pd.DataFrame, cost: str, reference: tuple[float, float]) -> s
     rows = [["study", "method", "candidates", "on front", "hypervolume", "knee"]]
     for study, group in table.groupby("study", sort=False):
         for by in (["study"], ["study", "method"])[: 1 + (group["method"].nunique() > 1)]:
-            for row in summary(group, reference, by, cost).to_dict("records"):
+            of_methods = summary(group, reference, by, cost).to_dict("records")
+            for row in sorted(of_methods, key=lambda row: method_order(str(row.get("method")))):
                 figures = [f"{row['candidates']}", f"{row['on_front']}", f"{row['hypervolume']:.4f}"]
                 at = [show(name, float(row.get(f"knee_{name}", math.nan))) for name in ("accuracy", cost)]
                 method = row.get("method", "all" if group["method"].nunique() > 1 else group["method"].iloc[0])

@@ -56,6 +56,7 @@ def test_pareto_of_two_studies_with_seeds_and_a_baseline(capsys: pytest.CaptureF
     assert "** knee beta/2" in shown  # 94 % at 500 K: alpha/1 is less accurate, alpha/0 dearer
     assert "** alpha/0" not in shown  # equal to beta/2 in accuracy, and dearer
     assert "beta all 4 1" in shown
+    assert shown.index("beta gates 3 1 ") < shown.index("beta uniform 1 1 ")
     assert "beta uniform 1 1 0.0050" in shown  # (0.85 - 0.8) x (0.6 - 0.5)
     assert "beta gates 0.5 4.0 3 92.00 % ± 2.00 500 K ± 0" in shown
     assert "(accuracy 0.8, share 0.6)" in shown
@@ -173,9 +174,11 @@ def test_export_of_a_model_of_ones_own(capsys: pytest.CaptureFixture[str], monke
         (["select", "alpha", "--min-accuracy", "93"], "`0 < min_accuracy <= 1` must hold"),
         (["pareto", "alpha", "--plot", "a.pdf"], "must end in .png or .svg"),
         (["report", "alpha", "-o", "alpha"], "Is a directory"),
-        (["export", "beta"], "beta is no candidate"),
+        (["export", "gamma"], "a study must be a folder, but gamma is not there"),
+        (["export", "beta", "-o", "out"], "--output takes the files of one candidate, but 4 are given"),
         (["export", "alpha/1", "--format", "onnx,tflite"], "unknown format 'tflite'"),
-        (["export", "alpha/5"], "truncated or altered"),
+        (["export", "alpha/5/candidate"], "truncated or altered"),
+        (["export", "alpha/5"], "there is no finished candidate in alpha/5"),
     ],
 )
 def test_a_mistake_is_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
@@ -196,7 +199,6 @@ def test_a_mistake_is_one_message(arguments: list[str], message: str, capsys: py
         (["pareto", "alpha", "--reference", "93,1"], "must be an accuracy in [0, 1)"),
         (["select", "alpha", "--max-macs", "60MB"], "an amount must be a positive whole number"),
         (["export", "alpha/1", "--batch-sizes", "0"], "must be whole numbers of at least 1, as in 1,128, but is '0'"),
-        (["export", "alpha/1", "alpha/2", "-o", "out"], "--output takes the files of one candidate, but 2 are given"),
     ],
 )
 def test_a_mistyped_option_is_told_with_the_usage(
