@@ -1,4 +1,4 @@
-"""The command line: `nas-gate search` and `nas-gate inspect`. Configuration ends here."""
+"""The command line: `nas-gate search`, `inspect`, and those of `commands.py`. Configuration ends here."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ nas-gate: neural architecture search with trainable gates
 
   nas-gate search  [key=value ...]        train, decide, cut, fine-tune, save: one candidate
   nas-gate inspect [key=value ...]        what can be removed from a model, and why the rest cannot
+  nas-gate pareto  STUDY...               a table of all candidates, the front, its hypervolume, plots
+  nas-gate report  STUDY...               the same in a browser: one page to hover, click and filter
+  nas-gate select  STUDY...               the candidate to deploy under bounds, with reasons
+  nas-gate export  CANDIDATE...           ONNX and torch.export files, checked, measured, with a model card
 
 Begin with
   nas-gate search                         digits, half of the MACs, about a minute on two cores
   nas-gate search experiment=debug        every stage in seconds
   nas-gate inspect model=torchvision model.name=resnet18
 
-`nas-gate search --help` and `nas-gate inspect --help` list models, data sets and every option.
+`nas-gate search --help` and `nas-gate inspect --help` list models, data sets and every option; so does --help
+after every other command.
 `nas-gate --version` prints the version.
 """
 
@@ -356,7 +361,41 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"search": _search, "inspect": _inspect}
+# --- finished candidates ------------------------------------------------------------------------------------
+
+
+def _pareto(arguments: Sequence[str]) -> None:
+    from nas_gate import commands
+
+    commands.pareto(arguments)
+
+
+def _report(arguments: Sequence[str]) -> None:
+    from nas_gate import commands, reproduce
+
+    commands.report(arguments, lambda: reproduce.shipped(composed, conf_dir()))
+
+
+def _select(arguments: Sequence[str]) -> None:
+    from nas_gate import commands
+
+    commands.select(arguments)
+
+
+def _export(arguments: Sequence[str]) -> None:
+    from nas_gate import commands
+
+    commands.export(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "search": _search,
+    "inspect": _inspect,
+    "pareto": _pareto,
+    "report": _report,
+    "select": _select,
+    "export": _export,
+}
 
 
 if __name__ == "__main__":

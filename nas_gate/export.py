@@ -4,124 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import os
-import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
-from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from nas_gate import models
 from nas_gate.candidate import load, read
 from nas_gate.cost import count_macs
+from nas_gate.exported import CARD, CHECKED, TOLERANCE, Artifact, Exported, Plain, Width, card, number
+from nas_gate.latency import Latency, Network, batch, machine, measure_onnx, measure_torch, not_followed, open_onnx
 from nas_gate.removal import relative_error
 from nas_gate.structure.trace import output_tensors
 
-TOLERANCE = 1e-4
-"""Largest allowed error of an exported file, relative to the network's largest output."""
-
-CHECKED = (1, 2, 7)
-"""Batch sizes on which an exported file is compared with the network."""
-
 INSTALL = 'pip install "nas-gate[export]"'
-CARD = "MODEL_CARD.md"
-
-# How often a latency is measured: after a warm-up, until `SECONDS` have passed, but within these counts.
-WARM_UP, FEWEST, MOST, SECONDS = 3, 7, 300, 1.0
 
 Factory = Callable[[], nn.Module]
-Network = Callable[[Tensor], Any]
-Plain = Mapping[str, Any]
 
 
 class ExportError(RuntimeError):
     """A candidate that cannot be exported, or a file that does not compute what the candidate does."""
-
-
-# --- the record ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """One exported file, and its largest errors against the network in PyTorch over batches of `CHECKED`."""
-
-    format: str
-    path: Path
-    size: int
-    sha256: str
-    max_absolute_error: float
-    max_relative_error: float
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Medians of one batch's latency and their interquartile ranges, in milliseconds, over `repetitions`."""
-
-    runtime: str
-    batch: int
-    threads: int
-    dense_ms: float
-    dense_iqr_ms: float
-    candidate_ms: float
-    candidate_iqr_ms: float
-    repetitions: int
-
-    @property
-    def ratio(self) -> float:
-        """The candidate's latency as a share of the dense network's."""
-        return self.candidate_ms / self.dense_ms
-
-
-@dataclass(frozen=True)
-class Width:
-    """Outputs (channels or features) of one layer: how many of the dense ones are kept."""
-
-    layer: str
-    kept: int
-    dense: int
-
-
-@dataclass(frozen=True)
-class Exported:
-    """An export: where it lies, what was checked and measured, and the candidate's own record.
-
-    `input_shape` is that of one example, without the batch dimension; `macs_ratio` the candidate's share of the
-    dense network's MACs, counted on it.
-    """
-
-    candidate: Path
-    output: Path
-    model: Plain
-    figures: Plain
-    provenance: Plain
-    input_shape: tuple[int, ...]
-    own_factory: bool
-    artifacts: tuple[Artifact, ...]
-    macs_ratio: float
-    latencies: tuple[Latency, ...]
-    widths: tuple[Width, ...]
-    machine: str
-    versions: Mapping[str, str]
-    warnings: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """What the model is called in the registry, or by whoever saved the candidate."""
-        return str(self.model.get("name", "network"))
-
-    @property
-    def card(self) -> Path:
-        """The model card's path."""
-        return self.output / CARD
 
 
 # --- formats ------------------------------------------------------------------------------------------------
@@ -153,21 +61,6 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
     onnx.checker.check_model(path, full_check=True)
 
 
-def _open_onnx(path: Path, threads: int = 0) -> Network:
-    """An ONNX Runtime session on the CPU; with 0 threads it takes as many as it likes."""
-    runtime = importlib.import_module("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # idle threads of one session would otherwise spin on the cores that the next one is measured on
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def run(x: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(value) for value in session.run(None, {"input": x.numpy()})]
-
-    return run
-
-
 def _write_pt2(program: ExportedProgram, path: Path) -> None:
     torch.export.save(program, path)
 
@@ -178,7 +71,7 @@ def _open_pt2(path: Path) -> Network:
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format("model.onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _open_onnx),
+    "onnx": Format("model.onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, open_onnx),
     "pt2": Format("model.pt2", (), _write_pt2, _open_pt2),
 }
 """The file formats by name."""
@@ -246,7 +139,7 @@ def export(
     network = load(folder, factory)
     dense = _dense(record.model, factory).eval()
     _check_runs(network, shape)
-    macs, dense_macs = (count_macs(n, (_batch(shape, 1),)) for n in (network, dense))
+    macs, dense_macs = (count_macs(n, (batch(shape, 1),)) for n in (network, dense))
     macs_ratio = macs / dense_macs if dense_macs else 1.0
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +168,7 @@ def export(
             macs_ratio=macs_ratio,
             latencies=tuple(latencies),
             widths=widths(network, dense),
-            machine=_machine(),
+            machine=machine(),
             versions=versions,
             warnings=(*_disagreement(record.figures, macs, shape), *not_followed(latencies, macs_ratio)),
         )
@@ -333,22 +226,17 @@ def _check_runs(network: nn.Module, shape: tuple[int, ...]) -> None:
         raise ExportError(f"the weights must be float32, but some are {sorted(map(str, other))}")
     try:
         with torch.inference_mode():
-            network(_batch(shape, 1))
+            network(batch(shape, 1))
     except Exception as error:
         raise ExportError(f"the network must take one tensor of shape {(1, *shape)}, but fails: {error}") from error
 
 
-def _batch(shape: tuple[int, ...], size: int) -> Tensor:
-    """Standard normal inputs, the same at every call."""
-    return torch.randn(size, *shape, generator=torch.Generator().manual_seed(size))
-
-
 def _program(network: nn.Module, shape: tuple[int, ...]) -> ExportedProgram:
     """The network's graph, with the batch size left open."""
-    batch = torch.export.Dim("batch", min=1)
+    size = torch.export.Dim("batch", min=1)
     try:
         # two examples: a size of 1 would be taken for a constant
-        return torch.export.export(network, (_batch(shape, 2),), dynamic_shapes=({0: batch},), strict=False)
+        return torch.export.export(network, (batch(shape, 2),), dynamic_shapes=({0: size},), strict=False)
     except Exception as error:  # whatever the network's own code raises while it is traced
         raise ExportError(f"torch.export cannot trace {type(network).__name__} for any batch size: {error}") from error
 
@@ -389,7 +277,7 @@ def errors(network: Network, exported: Network, shape: tuple[int, ...]) -> tuple
     absolute, relative = 0.0, 0.0
     with torch.inference_mode():
         for size in CHECKED:
-            x = _batch(shape, size)
+            x = batch(shape, size)
             expected, got = output_tensors(network(x)), output_tensors(exported(x))
             error = relative_error(expected, got)
             if not error <= TOLERANCE:
@@ -419,279 +307,8 @@ def widths(network: nn.Module, dense: nn.Module) -> tuple[Width, ...]:
     return tuple(found)
 
 
-# --- latency ------------------------------------------------------------------------------------------------
-
-
-def measure_torch(
-    dense: Network,
-    network: Network,
-    shape: tuple[int, ...],
-    batch_sizes: Sequence[int],
-    threads: Sequence[int],
-) -> list[Latency]:
-    """Latencies of both networks in PyTorch on the CPU; the thread count is as before afterwards."""
-    latencies = []
-    with _thread_count_restored(), torch.inference_mode():
-        for count in threads:
-            torch.set_num_threads(count)
-            latencies += [_latency("PyTorch", dense, network, _batch(shape, n), count) for n in batch_sizes]
-    return latencies
-
-
-def measure_onnx(
-    dense: Path,
-    network: Path,
-    shape: tuple[int, ...],
-    batch_sizes: Sequence[int],
-    threads: Sequence[int],
-) -> list[Latency]:
-    """Latencies of two ONNX files in ONNX Runtime on the CPU."""
-    latencies = []
-    for count in threads:
-        sessions = _open_onnx(dense, count), _open_onnx(network, count)
-        latencies += [_latency("ONNX Runtime", *sessions, _batch(shape, n), count) for n in batch_sizes]
-    return latencies
-
-
-@contextmanager
-def _thread_count_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _latency(runtime: str, dense: Network, network: Network, x: Tensor, threads: int) -> Latency:
-    dense_ms, network_ms = take_turns([lambda: dense(x), lambda: network(x)])
-    return Latency(
-        runtime,
-        len(x),
-        threads,
-        *(median(dense_ms), _spread(dense_ms)),
-        *(median(network_ms), _spread(network_ms)),
-        repetitions=len(dense_ms),
-    )
-
-
-def _spread(values: Sequence[float]) -> float:
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return high - low
-
-
-def take_turns(functions: Sequence[Callable[[], Any]]) -> list[list[float]]:
-    """Milliseconds of every call of each function, after a warm-up.
-
-    The functions take turns, so that whatever else the machine does meets all of them alike.
-    """
-    for _ in range(WARM_UP):
-        for function in functions:
-            function()
-    taken: list[list[float]] = [[] for _ in functions]
-    start = perf_counter()
-    while len(taken[0]) < FEWEST or (len(taken[0]) < MOST and perf_counter() - start < SECONDS):
-        for function, times in zip(functions, taken):
-            before = perf_counter()
-            function()
-            times.append(1e3 * (perf_counter() - before))
-    return taken
-
-
-def not_followed(latencies: Sequence[Latency], macs_ratio: float) -> tuple[str, ...]:
-    """A sentence for every latency that fell by less than half of what MACs did."""
-    return tuple(
-        f"latency did not follow MACs: {latency.runtime}, batch {latency.batch}, {_threads(latency.threads)}: "
-        f"{latency.ratio:.1%} of the dense latency, with {macs_ratio:.1%} of the MACs"
-        for latency in latencies
-        if macs_ratio < 1 and latency.ratio > macs_ratio + (1 - macs_ratio) / 2
-    )
-
-
 def _disagreement(figures: Plain, macs: int, shape: tuple[int, ...]) -> tuple[str, ...]:
-    recorded = _number(figures, "macs")
+    recorded = number(figures, "macs")
     if recorded is None or recorded == macs:
         return ()
     return (f"the candidate's record says {recorded:,} MACs, but {macs:,} were counted on an input of {list(shape)}",)
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread{'s' if count > 1 else ''}"
-
-
-def _machine() -> str:
-    return f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} logical cores"
-
-
-# --- text ---------------------------------------------------------------------------------------------------
-
-LATENCY_HEADER = ("runtime", "batch", "threads", "dense, ms (IQR)", "candidate, ms (IQR)", "ratio")
-
-
-def describe(exported: Exported) -> str:
-    """The export as text for a terminal: the files with their errors, the latencies, the warnings."""
-    lines = [f"{exported.name}, {exported.macs_ratio:.1%} of the dense MACs, for inputs of {_shape_text(exported)}", ""]
-    for a in exported.artifacts:
-        error = f"largest error {a.max_relative_error:.1e} relative, {a.max_absolute_error:.1e} absolute"
-        lines.append(f"  {a.format:<6}{a.path}  ({a.size / 1e6:.2f} MB; {error})")
-    lines.append(f"  {'card':<6}{exported.card}")
-    if exported.latencies:
-        lines += ["", f"latency on {exported.machine}:"]
-        rows = [LATENCY_HEADER, *map(_latency_row, exported.latencies)]
-        sizes = [max(map(len, column)) for column in zip(*rows)]
-        for row in rows:
-            first, *others = (text.ljust(n) if i == 0 else text.rjust(n) for i, (text, n) in enumerate(zip(row, sizes)))
-            lines.append("  " + "  ".join([first, *others]))
-    lines += ["" for _ in exported.warnings[:1]] + [f"warning: {warning}" for warning in exported.warnings]
-    return "\n".join(lines)
-
-
-def card(exported: Exported) -> str:
-    """The model card, in Markdown. What the candidate does not record is left out."""
-    return "\n".join(
-        [
-            f"# {exported.name}, {exported.macs_ratio:.1%} of the dense MACs",
-            "",
-            f"A smaller `{exported.name}`, found by nas-gate: trainable gates (arXiv 1904.10921) chose what of the "
-            "dense network stays, and the rest was removed. What remains is a plain network, without masks.",
-            "",
-            f"Input: float32 of shape {_shape_text(exported)}, N free, prepared as the training data were.",
-            *(f"\n> **Warning:** {warning}." for warning in exported.warnings),
-            *_figures(exported),
-            *_files(exported),
-            *_latencies(exported),
-            *_loading(exported),
-            *_widths(exported),
-            *_provenance(exported),
-            "",
-        ]
-    )
-
-
-def _shape_text(exported: Exported) -> str:
-    return f"({', '.join(['N', *map(str, exported.input_shape)])})"
-
-
-def _number(figures: Plain, key: str) -> float | None:
-    value = figures.get(key)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *("---:" for _ in header[1:])]
-    return ["", *(f"| {' | '.join(row)} |" for row in (header, rule, *rows))]
-
-
-def _figures(exported: Exported) -> list[str]:
-    figures, rows = exported.figures, []
-    for label, key in (("validation accuracy", "accuracy"), ("test accuracy", "test_accuracy")):
-        value, dense = _number(figures, key), _number(figures, f"dense_{key}")
-        if value is not None:
-            against = ("", "") if dense is None else (f"{dense:.2%}", f"{100 * (value - dense):+.2f} points")
-            rows.append((label, f"{value:.2%}", *against))
-    for label, key in (("MACs per example", "macs"), ("parameters", "params")):
-        value, dense = _number(figures, key), _number(figures, f"dense_{key}")
-        if value is not None:
-            against = ("", "") if not dense else (f"{dense:,.0f}", f"{value / dense:.1%}")
-            rows.append((label, f"{value:,.0f}", *against))
-    lines = _table(("", "candidate", "dense", "share or difference"), rows) if rows else []
-    removal = _number(figures, "max_relative_error")
-    if removal is not None:
-        lines += ["", f"Largest relative error of the removal, against the gated network: {removal:.1e}."]
-    return ["", "## Figures", *lines] if lines else []
-
-
-def _files(exported: Exported) -> list[str]:
-    header = ("file", "format", "MB", "largest relative error", "largest absolute error", "SHA-256")
-    rows = [
-        (
-            *(f"`{a.path.name}`", a.format, f"{a.size / 1e6:.2f}"),
-            *(f"{a.max_relative_error:.1e}", f"{a.max_absolute_error:.1e}", f"`{a.sha256}`"),
-        )
-        for a in exported.artifacts
-    ]
-    versions = ", ".join(f"{name} {version}" for name, version in exported.versions.items())
-    checked = ", ".join(map(str, CHECKED))
-    return [
-        *("", "## Files"),
-        *_table(header, rows),
-        *(
-            "",
-            f"Errors against PyTorch on random batches of {checked}; allowed: {TOLERANCE:g} relative. By {versions}.",
-        ),
-    ]
-
-
-def _latency_row(latency: Latency) -> tuple[str, ...]:
-    return (
-        latency.runtime,
-        str(latency.batch),
-        str(latency.threads),
-        f"{latency.dense_ms:.3g} ({latency.dense_iqr_ms:.2g})",
-        f"{latency.candidate_ms:.3g} ({latency.candidate_iqr_ms:.2g})",
-        f"{latency.ratio:.1%}",
-    )
-
-
-def _latencies(exported: Exported) -> list[str]:
-    if not exported.latencies:
-        return []
-    return [
-        *("", "## Latency"),
-        *_table(LATENCY_HEADER, [_latency_row(latency) for latency in exported.latencies]),
-        *("", f"Median of a whole batch, and interquartile range, on {exported.machine}. Both networks took turns."),
-    ]
-
-
-def _loading(exported: Exported) -> list[str]:
-    """Code to run from the folder of the card."""
-    try:
-        folder = Path(os.path.relpath(exported.candidate, exported.output)).as_posix()
-    except ValueError:  # on another drive
-        folder = exported.candidate.as_posix()
-    factory = ", factory=make_dense" if exported.own_factory else ""
-    sizes = ", ".join(map(str, exported.input_shape))
-    snippets = {
-        "onnx": (
-            "import numpy, onnxruntime",
-            'session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])',
-            f'outputs = session.run(None, {{"input": numpy.zeros((1, {sizes}), numpy.float32)}})',
-        ),
-        "pt2": (
-            "import torch",
-            'model = torch.export.load("model.pt2").module()',
-            f"outputs = model(torch.zeros(1, {sizes}))",
-        ),
-    }
-    lines = ["", "## How to load it", "", "From this card's folder, as a PyTorch module of the model's own class:"]
-    if exported.own_factory:
-        lines[-1] += " `make_dense` is your function that makes the dense model."
-    lines += ["", "```python", "import nas_gate", f'model = nas_gate.load("{folder}"{factory})', "```"]
-    for artifact in exported.artifacts:
-        lines += ["", f"From `{artifact.path.name}`, without nas-gate:"]
-        lines += ["", "```python", *snippets[artifact.format], "```"]
-    return lines
-
-
-def _widths(exported: Exported) -> list[str]:
-    if not exported.widths:
-        return []
-    rows = [(f"`{w.layer}`", str(w.kept), str(w.dense), f"{w.kept / w.dense:.0%}") for w in exported.widths]
-    return ["", "## Widths", *_table(("layer", "kept outputs", "dense outputs", "share"), rows)]
-
-
-def _provenance(exported: Exported) -> list[str]:
-    provenance = exported.provenance
-    settings = provenance.get("settings")
-    data = settings.get("data") if isinstance(settings, Mapping) else provenance.get("data")
-    lines = [f"- model: `{exported.name}`, arguments `{json.dumps(exported.model.get('arguments', {}))}`"]
-    if data is not None:
-        lines.append(f"- data: `{json.dumps(data)}`")
-    if "seed" in provenance:
-        lines.append(f"- seed: {provenance['seed']}")
-    if isinstance(versions := provenance.get("versions"), Mapping):
-        lines.append(f"- made by: {', '.join(f'{name} {version}' for name, version in versions.items())}")
-    lines = ["", "## Provenance", "", *lines]
-    if provenance:
-        lines += ["", "All that the candidate records of its making:", "", "```json"]
-        lines += [json.dumps(dict(provenance), indent=1), "```"]
-    return lines

@@ -196,31 +196,58 @@ def knee(front: pd.DataFrame, objectives: Objectives = OBJECTIVES) -> int:
     return int(np.argmax(np.where(distance >= distance.max() - _KNEE_TIE, first, -np.inf)))
 
 
+def marked(table: pd.DataFrame, cost: str = "macs") -> pd.DataFrame:
+    """The table in ascending `cost`, with three columns more: who is on the front of accuracy against it.
+
+    `on_front` is of the front of the candidate's study (all methods), `knee` the knee of that front, and
+    `on_common_front` of the front of all studies together.
+    """
+    objectives = (("accuracy", "max"), (cost, "min"))
+    on_front: list[Any] = []
+    knees: list[Any] = []
+    for _, group in table.groupby("study", sort=False):
+        best = front(group, objectives)
+        on_front += list(best.index)
+        knees += [best.index[knee(best, objectives)]] if len(best) else []
+    result: pd.DataFrame = table.assign(
+        on_front=table.index.isin(on_front),
+        on_common_front=table.index.isin(front(table, objectives).index),
+        knee=table.index.isin(knees),
+    ).sort_values([cost, "accuracy"], kind="stable", ignore_index=True)
+    return result
+
+
 def summary(
-    table: pd.DataFrame, reference: tuple[float, float] | None = None, by: Sequence[str] = ("study",)
+    table: pd.DataFrame,
+    reference: tuple[float, float] | None = None,
+    by: Sequence[str] = ("study",),
+    cost: str = "macs",
 ) -> pd.DataFrame:
     """One row per study: candidates, how many are on its front, the front's hypervolume and its knee.
 
-    The hypervolume is that of accuracy in [0, 1] against MACs as a share of the dense model's (the largest one's,
-    where a study has several; column `dense_macs`), beyond `reference` = (accuracy, share of MACs). The default
-    (0, 1), "no accuracy at the dense model's cost", leaves out nothing that saves anything and bounds the
-    hypervolume by 1; it is returned as `reference_accuracy` and `reference_macs_share`. Hypervolumes compare only
-    under one reference and one dense model. `by=("study", "method")` gives each method of a study its own row.
+    The front is that of accuracy against the column `cost` ("macs", "params" or "latency_ms"). The hypervolume is that
+    of accuracy in [0, 1] against the cost as a share of the dense model's (the largest one's, where a study has
+    several; column `dense_<cost>`), beyond `reference` = (accuracy, share of the cost). The default (0, 1), "no
+    accuracy at the dense model's cost", leaves out nothing that saves anything and bounds the hypervolume by 1; it is
+    returned as `reference_accuracy` and `reference_<cost>_share`. Hypervolumes compare only under one reference and
+    one dense model. `by=("study", "method")` gives each method of a study its own row.
     """
     check_table(table)
+    objectives = (("accuracy", "max"), (cost, "min"))
     corner = (0.0, 1.0) if reference is None else reference
     rows: list[dict[str, Any]] = []
-    for names, group in table.groupby(list(by), sort=True, dropna=False):
-        best = front(group)
-        dense = float(group["dense_macs"].max())
-        shares = np.column_stack([column(group, "accuracy"), column(group, "macs") / dense])
+    for names, group in table.groupby(list(by), sort=False, dropna=False):
+        best = front(group, objectives)
+        dense = float(np.nanmax(column(group, f"dense_{cost}"), initial=-np.inf))
+        shares = np.column_stack([column(group, "accuracy"), column(group, cost) / dense])
         row = dict(zip(by, names if isinstance(names, tuple) else (names,)))
         row |= {"candidates": len(group), "on_front": len(best)}
-        row |= {"hypervolume": float("nan") if np.isnan(dense) else hypervolume(shares, corner, (True, False))}
-        row |= {"reference_accuracy": corner[0], "reference_macs_share": corner[1], "dense_macs": dense}
+        row |= {"hypervolume": hypervolume(shares, corner, (True, False)) if dense > 0 else float("nan")}
+        row |= {"reference_accuracy": corner[0], f"reference_{cost}_share": corner[1]}
+        row |= {f"dense_{cost}": dense if dense > 0 else float("nan")}
         if len(best):
-            at_knee = best.iloc[knee(best)]
-            row |= {f"knee_{name}": at_knee[name] for name in ("trial", "path", "accuracy", "macs")}
+            at_knee = best.iloc[knee(best, objectives)]
+            row |= {f"knee_{name}": at_knee[name] for name in ("trial", "path", "accuracy", cost)}
         rows.append(row)
     result: pd.DataFrame = pd.DataFrame(rows)
     return result

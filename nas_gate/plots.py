@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 AXES = {"macs": "MACs (multiply-accumulates)", "params": "parameters", "latency_ms": "latency, ms"}
 
 # Colours for studies: Okabe and Ito's, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 _MARKERS = {"gates": "o", "uniform": "s", "l1": "^", "bn_scale": "D", "random": "v"}
 _OTHER_MARKERS = ("p", "h", "<", ">", "P", "X")
 _SIZES = {"v": 46, "^": 46, "D": 32, "s": 36}  # square points, so that the marks look equally large
@@ -143,7 +143,8 @@ def _dense(tables: Sequence[tuple[str, pd.DataFrame]], x: str) -> tuple[Dense, .
     )
 
 
-def _method_order(method: str) -> tuple[int, str]:
+def method_order(method: str) -> tuple[int, str]:
+    """A sort key: gates first, then the baselines in the order of `_MARKERS`, then others by name."""
     known = list(_MARKERS)
     return (known.index(method) if method in known else len(known), method)
 
@@ -174,7 +175,7 @@ def figure_data(tables: pd.DataFrame | Sequence[pd.DataFrame], x: str = "macs") 
         shown: pd.DataFrame = table[measured]
         if len(shown) == 0:
             continue
-        methods = sorted({str(method) for method in shown["method"]}, key=_method_order)
+        methods = sorted({str(method) for method in shown["method"]}, key=method_order)
         series += [_series(shown[shown["method"].astype(str) == method], study, method, x) for method in methods]
         objectives = (("accuracy", "max"), (x, "min"))
         best = front(shown, objectives)
@@ -201,7 +202,7 @@ def _unit(data: FigureData) -> tuple[float, str]:
 
 
 def _markers(data: FigureData) -> dict[str, str]:
-    methods = sorted({series.method for series in data.series}, key=_method_order)
+    methods = sorted({series.method for series in data.series}, key=method_order)
     others = [method for method in methods if method not in _MARKERS]
     spare = {method: _OTHER_MARKERS[i % len(_OTHER_MARKERS)] for i, method in enumerate(others)}
     return {method: _MARKERS.get(method) or spare[method] for method in methods}
@@ -212,7 +213,7 @@ def _colours(data: FigureData) -> dict[tuple[str, str], str]:
     keys = [(series.study, series.method) for series in data.series]
     studies = list(dict.fromkeys(study for study, _ in keys))
     names = studies if len(studies) > 1 else [method for _, method in keys]
-    palette = list(_COLOURS)
+    palette = list(COLOURS)
     if len(names) > len(palette):
         from matplotlib import colormaps
         from matplotlib.colors import to_hex

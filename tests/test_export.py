@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 import nas_gate
 from nas_gate import export as module
+from nas_gate import latency as latency_module
 from nas_gate import models
 from nas_gate.candidate import RECORD, CandidateError
-from nas_gate.export import CARD, Exported, ExportError, Latency, Width, export, not_followed, take_turns
+from nas_gate.export import ExportError, export
+from nas_gate.exported import CARD, Exported, Width, card, describe
+from nas_gate.latency import Latency, not_followed, take_turns
 
 FIGURES = {
     "accuracy": 0.9375,
@@ -74,9 +77,9 @@ def both(digits: Path) -> Exported:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latencies from as few calls as there can be."""
-    monkeypatch.setattr(module, "WARM_UP", 1)
-    monkeypatch.setattr(module, "FEWEST", 2)
-    monkeypatch.setattr(module, "SECONDS", 0.0)
+    monkeypatch.setattr(latency_module, "WARM_UP", 1)
+    monkeypatch.setattr(latency_module, "FEWEST", 2)
+    monkeypatch.setattr(latency_module, "SECONDS", 0.0)
 
 
 def two(latency: Latency) -> tuple[Any, ...]:
@@ -316,7 +319,7 @@ def test_an_interrupted_export_leaves_what_was_there(
     if moment == "writing":
         monkeypatch.setitem(module.FORMATS, "pt2", replace(module.FORMATS["pt2"], write=half))
     else:
-        monkeypatch.setattr(module, "take_turns", stop)
+        monkeypatch.setattr(latency_module, "take_turns", stop)
     with pytest.raises(KeyboardInterrupt):
         export(digits, ["pt2"], output=output, threads=[3])
     assert {path: path.read_bytes() for path in output.iterdir()} == content
@@ -343,7 +346,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.calls = 0.0, ""
-        monkeypatch.setattr(module, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(latency_module, "perf_counter", lambda: self.now)
 
     def function(self, name: str, seconds: Iterator[float]) -> Any:
         def run(*_: Any) -> None:
@@ -355,16 +358,16 @@ class Clock:
 
 def test_functions_take_turns_after_a_warm_up(monkeypatch: pytest.MonkeyPatch):
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(module, "WARM_UP", 2)
-    monkeypatch.setattr(module, "FEWEST", 3)
+    monkeypatch.setattr(latency_module, "WARM_UP", 2)
+    monkeypatch.setattr(latency_module, "FEWEST", 3)
     # 0.1 s a turn after 1.8 s of warm-up: the count alone is not enough for 0.45 s
-    monkeypatch.setattr(module, "SECONDS", 0.45)
+    monkeypatch.setattr(latency_module, "SECONDS", 0.45)
     a, b = clock.function("a", iter([0.9] * 2 + [0.06] * 9)), clock.function("b", iter([0.0] * 2 + [0.04] * 9))
     first, second = take_turns([a, b])
     assert clock.calls == "ab" * (2 + 5)
     assert first == pytest.approx([60] * 5)
     assert second == pytest.approx([40] * 5)
-    monkeypatch.setattr(module, "MOST", 4)
+    monkeypatch.setattr(latency_module, "MOST", 4)
     slow, fast = (clock.function(name, iter([0.0] * 9)) for name in "cd")
     assert [len(times) for times in take_turns([slow, fast])] == [4, 4]
 
@@ -372,10 +375,10 @@ def test_functions_take_turns_after_a_warm_up(monkeypatch: pytest.MonkeyPatch):
 def test_median_and_spread(monkeypatch: pytest.MonkeyPatch):
     clock = Clock(monkeypatch)
     for name, value in (("WARM_UP", 0), ("FEWEST", 5), ("SECONDS", 0.0)):
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(latency_module, name, value)
     dense = clock.function("d", iter([0.010, 0.012, 0.100, 0.014, 0.016]))
     small = clock.function("s", iter([0.007] * 5))
-    latency = module._latency("PyTorch", dense, small, torch.zeros(6, 1), 2)
+    latency = latency_module._latency("PyTorch", dense, small, torch.zeros(6, 1), 2)
     # in order 10, 12, 14, 16, 100: quartiles 12 and 16
     assert (latency.dense_ms, latency.dense_iqr_ms) == (pytest.approx(14), pytest.approx(4))
     assert (latency.candidate_ms, latency.candidate_iqr_ms) == (pytest.approx(7), pytest.approx(0, abs=1e-9))
@@ -412,7 +415,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def test_the_card_says_what_is_recorded(recorded: Exported):
-    card = module.card(recorded)
+    text = card(recorded)
     (pt2,) = recorded.artifacts
     for line in (
         "# digits_cnn, 50.0% of the dense MACs",
@@ -430,10 +433,10 @@ def test_the_card_says_what_is_recorded(recorded: Exported):
         "- seed: 11",
         "- made by: nas-gate 0.1.0, torch 2.14.1",
     ):
-        assert line in card.splitlines()
-    assert f"| `model.pt2` | pt2 | {pt2.size / 1e6:.2f} | {pt2.max_relative_error:.1e} |" in card
-    assert pt2.sha256 in card
-    assert json.loads(card.split("```json")[1].split("```")[0]) == PROVENANCE
+        assert line in text.splitlines()
+    assert f"| `model.pt2` | pt2 | {pt2.size / 1e6:.2f} | {pt2.max_relative_error:.1e} |" in text
+    assert pt2.sha256 in text
+    assert json.loads(text.split("```json")[1].split("```")[0]) == PROVENANCE
     network, dense = nas_gate.load(recorded.candidate), models.build("digits_cnn", width=0.5)
     layers = {
         path: (len(a.weight), len(b.weight))
@@ -443,15 +446,15 @@ def test_the_card_says_what_is_recorded(recorded: Exported):
     assert len(layers) >= 7
     assert {w.layer: (w.kept, w.dense) for w in recorded.widths} == layers
     for path, (kept, wide) in layers.items():
-        assert f"| `{path}` | {kept} | {wide} | {kept / wide:.0%} |" in card
+        assert f"| `{path}` | {kept} | {wide} | {kept / wide:.0%} |" in text
 
 
 def test_what_is_not_recorded_is_left_out(recorded: Exported):
     bare = replace(recorded, figures={"test_accuracy": None}, provenance={}, latencies=(), warnings=())
-    card = module.card(bare)
+    text = card(bare)
     for word in ("accuracy", "## Figures", "## Latency", "seed", "data:", "made by", "Warning", "None", "| nan"):
-        assert word not in card
-    assert "## Files" in card
+        assert word not in text
+    assert "## Files" in text
 
 
 @needs_onnx
@@ -470,7 +473,7 @@ def test_the_code_on_the_card_runs(both: Exported, monkeypatch: pytest.MonkeyPat
 
 
 def test_describe(recorded: Exported):
-    lines = module.describe(recorded).splitlines()
+    lines = describe(recorded).splitlines()
     (pt2,) = recorded.artifacts
     assert lines[0] == "digits_cnn, 50.0% of the dense MACs, for inputs of (N, 1, 8, 8)"
     assert lines[2].startswith(

@@ -263,6 +263,35 @@ def test_summary_by_method() -> None:
     assert rows["hypervolume"].tolist() == pytest.approx([0.45, 0.4])
 
 
+def test_summary_of_another_cost() -> None:
+    candidates = table({"params": 5, "accuracy": 0.8}, {"params": 10, "macs": 10}, {"params": 15, "macs": 90})
+    of_params = pareto.summary(candidates, cost="params").iloc[0]
+    assert of_params[["on_front", "knee_trial", "knee_params", "dense_params"]].tolist() == [2, 1, 10, 20]
+    # Shares of 20 parameters beyond (0, 1): 0.25 x 0.8 and 0.5 x 0.9.
+    assert of_params["hypervolume"] == pytest.approx(0.25 * 0.8 + 0.5 * 0.9)
+    assert of_params["reference_params_share"] == 1
+    timed = candidates.assign(latency_ms=[1.0, 3.0, math.nan], dense_latency_ms=4.0)
+    # A candidate without a measurement counts as one, but is on no front.
+    of_latency = pareto.summary(timed, cost="latency_ms").iloc[0]
+    assert of_latency[["candidates", "on_front"]].tolist() == [3, 2]
+    assert of_latency["hypervolume"] == pytest.approx(0.5 * 0.8 + 0.25 * 0.9)
+    unknown = pareto.summary(timed.assign(dense_latency_ms=math.nan), cost="latency_ms")
+    assert math.isnan(unknown["hypervolume"].iloc[0])
+
+
+def test_marks_are_of_each_study_and_of_all_together() -> None:
+    a = front_of((0.9, 60), (0.5, 20), (0.4, 70), (0.85, 30))
+    b = front_of((0.9, 50), (0.4, 10)).assign(study="b")
+    both = pd.concat([a, b], ignore_index=True)
+    shown = pareto.marked(both)
+    assert shown["macs"].tolist() == [10, 20, 30, 50, 60, 70]
+    assert shown["on_front"].tolist() == [True, True, True, True, True, False]
+    assert shown["on_common_front"].tolist() == [True, True, True, True, False, False]
+    # a: 30 MACs lie above the chord from (20, 0.5) to (60, 0.9); b has two, and so the more accurate
+    assert shown["knee"].tolist() == [False, False, True, True, False, False]
+    assert list(both) == list(front_of((0.9, 60)))
+
+
 def test_repeats_by_hand() -> None:
     candidates = table(
         {"seed": 0, "accuracy": 0.90, "macs": 40},

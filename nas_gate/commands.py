@@ -1,0 +1,377 @@
+"""The commands that look at finished candidates: `nas-gate pareto`, `report`, `select` and `export`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas_gate.settings import Refused
+
+if TYPE_CHECKING:
+    from nas_gate.collect import Collected
+    from nas_gate.reproduce import Shipped
+
+STUDIES_HELP = """\
+A STUDY is a folder of `nas-gate search --multirun` (runs/studies/NAME), finished or still running; the folder of a
+single `nas-gate search` (runs/...) will do as well. Candidates that cannot be read are skipped, and named.
+"""
+
+PARETO_HELP = f"""\
+All candidates of one or several studies in a table, cheapest first: which of them no other one dominates in accuracy
+and cost, the hypervolume of each front, and its knee, where more cost begins to buy little accuracy.
+Accuracy is that of the last epoch on validation data.
+
+{STUDIES_HELP}"""
+
+PARETO_EXAMPLES = """\
+examples:
+  nas-gate pareto runs/studies/digits
+  nas-gate pareto runs/studies/digits runs/studies/gumbel --plot fronts.png --plot fronts.svg
+  nas-gate pareto runs/studies/digits --x params --csv candidates.csv
+  nas-gate pareto runs/studies/digits --reference 0.9,0.7       hypervolume beyond 90 % accuracy, 70 % of the MACs
+  nas-gate pareto runs/studies/digits --x latency               of candidates measured by `nas-gate export`
+"""
+
+REPORT_HELP = f"""\
+One HTML page that needs no network: the fronts, to hover over and click; a candidate's widths per layer, its training
+curves and the command that makes it again; bounds that highlight what remains; studies side by side.
+
+{STUDIES_HELP}"""
+
+REPORT_EXAMPLES = """\
+examples:
+  nas-gate report runs/studies/digits
+  nas-gate report runs/studies/digits runs/studies/gumbel -o compared.html
+  nas-gate report runs/studies/mine --factory my_package.nets:small      for a model of your own
+"""
+
+SELECT_HELP = f"""\
+The candidate to deploy: of those that meet all bounds, the preferred one on their front, with the reasons and the
+runners-up. Test accuracy is looked at nowhere. Where nothing meets the bounds: which bound excludes how many, and the
+nearest candidate.
+
+{STUDIES_HELP}"""
+
+SELECT_EXAMPLES = """\
+examples:
+  nas-gate select runs/studies/digits                                   the knee of the front
+  nas-gate select runs/studies/digits --max-macs 0.6M --prefer accuracy
+  nas-gate select runs/studies/digits --min-accuracy 0.97 --prefer macs
+  nas-gate select runs/studies/digits --max-latency-ms 2 --prefer latency    as measured by `nas-gate export`
+  nas-gate select runs/studies/digits --max-macs 60M --json
+Amounts may be written 60000000, 6e7, 60M, 1.5G or 200K (powers of 1000).
+"""
+
+EXPORT_HELP = """\
+Files for deployment: the network as ONNX and as a torch.export program, for any batch size, each checked against
+PyTorch; latency of the dense network and the candidate, in PyTorch and ONNX Runtime, with a warning where it did not
+follow the MACs; and a model card. The latencies are also left in the candidate's folder (latency.json), where
+pareto, report and select find them.
+
+A CANDIDATE is a folder that holds candidate.json; of a run or a study, all candidates are exported.
+"""
+
+EXPORT_EXAMPLES = """\
+examples:
+  nas-gate export runs/studies/digits/7/candidate                       into .../7/candidate/export
+  nas-gate export runs/studies/digits/7 --format onnx -o deploy
+  nas-gate export runs/studies/digits --format onnx --batch-sizes 1     latency of a whole study
+  nas-gate export runs/mine --factory my_package.nets:small             a model of your own
+"""
+
+COSTS = {"macs": "macs", "params": "params", "latency": "latency_ms"}
+
+
+# --- pareto -------------------------------------------------------------------------------------------------
+
+
+def pareto(arguments: Sequence[str]) -> None:
+    """`nas-gate pareto`."""
+    parser = _parser("pareto", PARETO_HELP, PARETO_EXAMPLES)
+    parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY")
+    parser.add_argument("--x", choices=tuple(COSTS), default="macs", help="the cost against accuracy (default: macs)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table, with all figures and settings")
+    parser.add_argument(
+        *("--plot",), type=Path, action="append", default=[], metavar="FILE", help="draw to .png or .svg; repeatable"
+    )
+    parser.add_argument(
+        "--reference",
+        type=_reference,
+        default=(0.0, 1.0),
+        metavar="A,S",
+        help="hypervolume beyond accuracy A (a share) and share S of the dense cost (default: 0,1)",
+    )
+    options = parser.parse_args(arguments)
+
+    with _mistakes():
+        from nas_gate.pareto import marked
+        from nas_gate.plots import draw, figure_data
+        from nas_gate.table import described
+
+        collected = _collected(options.studies)
+        cost = COSTS[options.x]
+        _check_latency(collected, [cost])
+        print(described(collected, cost, options.reference))
+        if options.plot:
+            figure = figure_data(collected.table, cost)
+            for path in options.plot:
+                print(f"picture: {draw(figure, path)}")
+        if options.csv is not None:
+            _write(options.csv, marked(collected.table, cost).to_csv(index=False))
+            print(f"table: {options.csv}")
+
+
+def _reference(text: str) -> tuple[float, float]:
+    try:
+        accuracy, share = map(float, text.split(","))
+    except ValueError:
+        accuracy = share = math.nan
+    if not (0 <= accuracy < 1 and 0 < share < math.inf):
+        raise argparse.ArgumentTypeError(
+            f"must be an accuracy in [0, 1) and a positive share of the dense cost, as in 0.5,1, but is {text!r}"
+        )
+    return accuracy, share
+
+
+# --- report -------------------------------------------------------------------------------------------------
+
+
+def report(arguments: Sequence[str], shipped: Callable[[], Shipped]) -> None:
+    """`nas-gate report`; `shipped` reads the shipped configuration, which commands are written against."""
+    parser = _parser("report", REPORT_HELP, REPORT_EXAMPLES)
+    parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY")
+    parser.add_argument(
+        *("-o", "--output"), type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html"
+    )
+    _add_factory(parser)
+    options = parser.parse_args(arguments)
+
+    with _mistakes():
+        from nas_gate.report import page, report_data
+        from nas_gate.reproduce import command
+
+        collected = _collected(options.studies)
+        known = shipped()
+        data = report_data(collected, lambda settings: command(settings, known), options.factory)
+        _write(options.output, page(data))
+        print(f"{len(data['candidates'])} candidates: {options.output}")
+
+
+# --- select -------------------------------------------------------------------------------------------------
+
+
+def select(arguments: Sequence[str]) -> None:
+    """`nas-gate select`."""
+    parser = _parser("select", SELECT_HELP, SELECT_EXAMPLES)
+    parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY")
+    parser.add_argument("--max-macs", type=_amount, metavar="N", help="most multiply-accumulates, as in 60M")
+    parser.add_argument("--max-params", type=_amount, metavar="N", help="most parameters, as in 200K")
+    parser.add_argument("--min-accuracy", type=float, metavar="A", help="least validation accuracy, as in 0.93")
+    parser.add_argument("--max-latency-ms", type=float, metavar="MS", help="highest latency, in milliseconds")
+    parser.add_argument(
+        "--prefer",
+        choices=("knee", "accuracy", "macs", "params", "latency"),
+        default="knee",
+        help="the knee of accuracy against MACs (default), the highest accuracy, or the lowest of a cost",
+    )
+    parser.add_argument("--runners-up", type=int, default=3, metavar="N", help="how many to show (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    options = parser.parse_args(arguments)
+
+    with _mistakes():
+        from nas_gate import selection
+
+        collected = _collected(options.studies)
+        needed = [selection.PREFERENCES[options.prefer], *(["latency_ms"] if options.max_latency_ms else [])]
+        _check_latency(collected, needed)
+        choice = selection.select(
+            collected.table,
+            max_macs=options.max_macs,
+            min_accuracy=options.min_accuracy,
+            max_params=options.max_params,
+            max_latency_ms=options.max_latency_ms,
+            prefer=options.prefer,
+            runners_up=options.runners_up,
+        )
+        if options.json:
+            chosen = {
+                "candidate": choice.row,
+                "reasons": choice.reasons,
+                "runners_up": [{"candidate": other.row, "difference": other.difference} for other in choice.runners_up],
+                "latency": collected.latency,
+            }
+            print(json.dumps(_without_nan(chosen), indent=2))
+            return
+        print(selection.describe(choice))
+        if collected.latency is not None:
+            print(f"\nLatency: {collected.latency}.")
+        print(f"\nLoad it:    import nas_gate; model = nas_gate.load({choice.row['path']!r})")
+        print(f"Deploy it:  nas-gate export {shlex.quote(choice.row['path'])}")
+
+
+def _amount(text: str) -> int:
+    from nas_gate.selection import parse_amount
+
+    try:
+        return parse_amount(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+# --- export -------------------------------------------------------------------------------------------------
+
+
+def export(arguments: Sequence[str]) -> None:
+    """`nas-gate export`."""
+    parser = _parser("export", EXPORT_HELP, EXPORT_EXAMPLES)
+    parser.add_argument("candidates", nargs="+", type=Path, metavar="CANDIDATE")
+    parser.add_argument(
+        "--format", type=_names, default=("onnx", "pt2"), metavar="F,F", help="onnx, pt2 (default: onnx,pt2)"
+    )
+    parser.add_argument(
+        "--batch-sizes", type=_counts, default=(1, 128), metavar="N,N", help="to measure latency at (default: 1,128)"
+    )
+    parser.add_argument(
+        "--threads", type=_counts, default=(1,), metavar="N,N", help="to measure latency with (default: 1)"
+    )
+    parser.add_argument("--no-latency", action="store_true", help="measure no latency")
+    parser.add_argument(
+        *("-o", "--output"), type=Path, metavar="DIR", help="where the files go (default: export in the candidate)"
+    )
+    parser.add_argument("--input", type=_sizes, metavar="CxHxW", help="size of one input, where none is recorded")
+    _add_factory(parser)
+    options = parser.parse_args(arguments)
+
+    with _mistakes():
+        from nas_gate import latency, models
+        from nas_gate.candidate import read
+        from nas_gate.export import export as exported_candidate
+        from nas_gate.exported import describe
+
+        folders = [folder for given in options.candidates for folder in _candidates(given)]
+        if options.output is not None and len(folders) > 1:
+            raise ValueError(f"--output takes the files of one candidate, but {len(folders)} are given")
+        for folder in folders:
+            factory = options.factory and partial(models.build, options.factory, **read(folder).model["arguments"])
+            exported = exported_candidate(
+                folder,
+                options.format,
+                factory=factory,
+                example_shape=options.input,
+                batch_sizes=options.batch_sizes,
+                threads=options.threads,
+                output=options.output,
+                measure=not options.no_latency,
+            )
+            print(describe(exported))
+            if exported.latencies:
+                latency.save(folder, exported.latencies, exported.versions)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return _positive(text, ",", "1,128")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return _positive(text, "x", "3x32x32")
+
+
+def _positive(text: str, separator: str, example: str) -> tuple[int, ...]:
+    parts = text.split(separator)
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, as in {example}, but is {text!r}")
+    return tuple(map(int, parts))
+
+
+# --- shared -------------------------------------------------------------------------------------------------
+
+
+def _parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        f"nas-gate {name}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_factory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--factory",
+        metavar="MODULE:FUNCTION",
+        help="makes the dense model, for one that is not registered: it is imported and run, with the arguments that "
+        "the candidate records (what a candidate names is never imported)",
+    )
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """Turn errors that the user can mend into Refused."""
+    from nas_gate.export import ExportError
+
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, ExportError) as error:
+        raise Refused(str(error)) from error
+
+
+def _collected(studies: Sequence[Path]) -> Collected:
+    """The candidates of the studies, at least one; what is not among them is told on stderr."""
+    from nas_gate.collect import collect
+
+    collected = collect(studies)
+    for each in collected.skipped:
+        print(f"nas-gate: skipped {each.path}: {each.reason}", file=sys.stderr)
+    if collected.unfinished:
+        trials = ", ".join(map(str, collected.unfinished))
+        print(f"nas-gate: without a result: {trials}", file=sys.stderr)
+    if len(collected.table) == 0:
+        raise ValueError(f"there is no finished candidate in {', '.join(map(str, studies))}")
+    return collected
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """A candidate's folder itself, or those of all candidates of a run or a study."""
+    from nas_gate.candidate import RECORD
+
+    return [folder] if (folder / RECORD).exists() else [Path(path) for path in _collected([folder]).table["path"]]
+
+
+def _check_latency(collected: Collected, columns: Sequence[str]) -> None:
+    if "latency_ms" in columns and collected.latency is None:
+        raise ValueError(
+            "no candidate has a measured latency; measure it with nas-gate export CANDIDATE... (see nas-gate export "
+            "--help)"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,149 @@
+"""One HTML page of studies: the fronts to look at, filters, and every candidate's widths, curves and command.
+
+First the plain record of the page, then the page: the record, the drawing code (`report.html`) and plotly.js in one
+file that needs no network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from nas_gate import models
+from nas_gate.candidate import CandidateError, read
+from nas_gate.collect import Collected, run_of
+from nas_gate.export import widths
+from nas_gate.pareto import column, marked, summary
+from nas_gate.plots import AXES, COLOURS, figure_data, method_order
+from nas_gate.removal import cut_model
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+INSTALL = "pip install 'nas-gate[report]'"
+
+Plain = Mapping[str, Any]
+Command = Callable[[Plain], str]
+"""The settings of a run -> the command that asks for them; ValueError where there is none."""
+
+
+def report_data(collected: Collected, command: Command, factory: str | None = None) -> dict[str, Any]:
+    """All that the page shows, as JSON holds it.
+
+    `factory` is the import path ("package.module:function") of what makes the dense model of candidates whose model is
+    not registered; without it their widths are not known.
+    Raises ValueError where no candidate has figures.
+    """
+    table = collected.table
+    axes = [name for name in AXES if name in table.columns and not np.isnan(column(table, name)).all()]
+    dense: dict[str, nn.Module] = {}
+    pictures = {name: asdict(figure_data(table, name)) for name in axes}
+    found: dict[str, Any] = {
+        "version": version("nas-gate"),
+        "axes": {name: AXES[name] for name in axes},
+        "colours": COLOURS,
+        "latency": collected.latency,
+        "varied": [name for name in map(str, table) if name.startswith("param.")],
+        "pictures": pictures,
+        "summary": _compared(table),
+        "candidates": [
+            {**_figures(row), **_details(Path(row["path"]), command, factory, dense)} for row in _records(marked(table))
+        ],
+        "skipped": [{"path": str(each.path), "reason": each.reason} for each in collected.skipped],
+        "unfinished": len(collected.unfinished),
+    }
+    cleaned: dict[str, Any] = _json_ready(found)
+    return cleaned
+
+
+def page(data: Plain) -> str:
+    """The HTML page of a record; raises ImportError where plotly is missing."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ImportError(f"the report needs plotly; install it with: {INSTALL}") from error
+    record = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    library = get_plotlyjs().replace("</script", "<\\/script")
+    return TEMPLATE.read_text(encoding="utf-8").replace("@@PLOTLY@@", library).replace("@@DATA@@", record)
+
+
+# --- the record ---------------------------------------------------------------------------------------------
+
+
+def _compared(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """One row per study and method: size, front, hypervolume, knee."""
+    rows = summary(table, by=("study", "method"))
+    rows = rows.assign(best_accuracy=[table[_same(table, row)]["accuracy"].max() for _, row in rows.iterrows()])
+    return sorted(_records(rows), key=lambda row: (str(row["study"]), method_order(row["method"])))
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def _same(table: pd.DataFrame, row: Any) -> Any:
+    return (table["study"] == row["study"]) & (table["method"] == row["method"])
+
+
+def _figures(row: Plain) -> dict[str, Any]:
+    names = ("study", "trial", "path", "method", "seed", "target", "on_front", "knee", "max_relative_error")
+    figures = ("accuracy", "test_accuracy", "macs", "params", "latency_ms")
+    kept = [*names, *figures, *(f"dense_{name}" for name in figures)]
+    varied = {name: value for name, value in row.items() if str(name).startswith("param.")}
+    return {**{name: row.get(name) for name in kept}, **varied}
+
+
+def _details(folder: Path, command: Command, factory: str | None, dense: dict[str, nn.Module]) -> dict[str, Any]:
+    settings, history = run_of(folder)
+    try:
+        again: str | None = command(settings)
+    except ValueError:  # settings of another version
+        again = None
+    return {"widths": _widths(folder, factory, dense), "curves": _curves(history), "command": again}
+
+
+def _widths(folder: Path, factory: str | None, dense: dict[str, nn.Module]) -> list[list[Any]] | None:
+    """[layer, kept outputs, dense outputs] of every layer; None where the dense model is not known."""
+    record = read(folder)
+    key = json.dumps(record.model, sort_keys=True)
+    if key not in dense:
+        name = record.model["name"] if record.model["name"] in models.names() else factory
+        if name is None:
+            return None
+        dense[key] = models.build(name, **models.without_weights(name, record.model.get("arguments", {})))
+    try:
+        small = cut_model(dense[key], record.cut)
+    except ValueError as error:
+        raise CandidateError(f"{folder} does not fit its dense model: {error}") from error
+    return [[each.layer, each.kept, each.dense] for each in widths(small, dense[key])]
+
+
+def _curves(history: Plain) -> dict[str, dict[str, list[Any]]]:
+    """Stage -> lists of equal length: epoch (from 1), validation accuracy, and the gates' cost where there is one."""
+    return {
+        str(stage): {
+            "epoch": [epoch["epoch"] + 1 for epoch in epochs],
+            "accuracy": [epoch["accuracy"] for epoch in epochs],
+            "cost": [epoch.get("figures", {}).get("cost") for epoch in epochs],
+        }
+        for stage, epochs in history.items()
+    }
+
+
+def _json_ready(value: Any) -> Any:
+    """Plain Python values; what is not a finite number becomes None, figures keep six digits."""
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(each) for each in value]
+    plain = value.item() if isinstance(value, np.generic) else value
+    if isinstance(plain, float):
+        return float(f"{plain:.6g}") if math.isfinite(plain) else None
+    return plain if isinstance(plain, (int, str, bool)) else None

@@ -1,0 +1,69 @@
+"""Studies for the tests of what looks at finished candidates: real candidates, with figures set by hand."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas_gate import cli
+from nas_gate.search import search
+
+DENSE = {"dense_accuracy": 0.95, "dense_macs": 1_000_000, "dense_params": 100_000}
+
+
+def set_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; dots lead into mappings, as in budget.arguments.weight."""
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        *outer, last = key.split(".")
+        place = content
+        for name in outer:
+            place = place[name]
+        place[last] = value
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:
+    """Target -> the folder of a search in seconds."""
+    folder = tmp_path_factory.mktemp("searched")
+    runs = {}
+    for target in (0.5, 0.25):
+        overrides = ["experiment=debug", "model.arguments.width=0.25", "training.gating.learning_rate=0.1"]
+        settings = cli.settings_of(cli.composed([*overrides, f"target={target}"]))
+        runs[target] = folder / str(target)
+        search(settings, runs[target], cache_dir=folder / "dense")
+    return runs
+
+
+def trial(
+    folder: Path, run: Path, accuracy: float, macs: int, params: int, settings: dict[str, Any], **result: Any
+) -> Path:
+    """A copy of a run with other figures and settings."""
+    shutil.copytree(run, folder)
+    figures = {"accuracy": accuracy, "macs": macs, "params": params, **DENSE, **result}
+    set_json(folder / "result.json", **figures, target=settings["target"])
+    set_json(folder / "settings.json", **settings)
+    return folder
+
+
+@pytest.fixture
+def studies(searched: dict[float, Path], tmp_path: Path) -> Path:
+    """A folder with the studies alpha (one front, a damaged trial, an unfinished one) and beta (seeds, a baseline)."""
+    half, quarter = searched[0.5], searched[0.25]
+    alpha, beta = tmp_path / "studies" / "alpha", tmp_path / "studies" / "beta"
+    trial(alpha / "0", half, 0.94, 700_000, 80_000, {"target": 0.7}, test_accuracy=None)
+    trial(alpha / "1", half, 0.93, 400_000, 50_000, {"target": 0.4})
+    trial(alpha / "2", half, 0.92, 500_000, 55_000, {"target": 0.5})
+    trial(alpha / "3", quarter, 0.80, 200_000, 20_000, {"target": 0.2, "budget.arguments.weight": 8.0})
+    (trial(alpha / "4", half, 0.9, 1, 1, {"target": 0.6}) / "result.json").unlink()
+    weights = trial(alpha / "5", half, 0.99, 1, 1, {"target": 0.6}) / "candidate" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for seed, accuracy in enumerate((0.90, 0.92, 0.94)):
+        trial(beta / str(seed), half, accuracy, 500_000, 60_000, {"target": 0.5, "seed": seed})
+    trial(beta / "3", half, 0.85, 500_000, 60_000, {"target": 0.5}, method="uniform")
+    for study in (alpha, beta):
+        (study / "study.json").write_text("{}")
+    return tmp_path / "studies"
