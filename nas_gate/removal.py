@@ -168,11 +168,11 @@ def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
         new = cut_tensor(old.detach(), slots)
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     small = copy.deepcopy(model, memo)
-    changed = {name.rpartition(".")[0] for name, old in tensors.items() if id(old) in memo}
+    changed = {_owner(name) for name, old in tensors.items() if id(old) in memo}
     before = dict(model.named_modules())
     with mode_of(small, training=False):  # reading a parametrized weight may change its buffers in training mode
         for path, module in small.named_modules():
-            if path in changed or path in cut.widths or _parametrized_below(path, changed):
+            if path in changed or path in cut.widths:
                 for kind in type(module).__mro__:
                     if kind in MENDS:
                         MENDS[kind](module, before[path], cut.widths.get(path))
@@ -180,8 +180,9 @@ def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
     return small
 
 
-def _parametrized_below(path: str, changed: set[str]) -> bool:
-    return any(c.startswith(f"{path}.parametrizations") if path else c.startswith("parametrizations") for c in changed)
+def _owner(name: str) -> str:
+    """The path of the module that a tensor belongs to; a parametrized one belongs to the module that it is made for."""
+    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
 
 
 def _all_names(model: nn.Module) -> dict[str, Tensor]:
