@@ -147,9 +147,12 @@ class Claims:
         with locked(self._locks / "next"):  # spares most surplus trials; nothing depends on it
             trials = study.get_trials(deepcopy=False)
             for found in trials:
-                claim = self._take_over(found, trials) if found.state == TrialState.RUNNING else None
-                if claim is not None:
-                    return claim
+                if found.state != TrialState.RUNNING:
+                    continue
+                with suppress(UpdateFinishedTrialError):  # ended meanwhile, on another machine
+                    claim = self._take_over(found, trials)
+                    if claim is not None:
+                        return claim
             if sum(map(counts, trials)) >= plan.n_trials:
                 return None
             trial = study.ask(fixed_distributions=plan.space.distributions)
@@ -164,8 +167,9 @@ class Claims:
         lock = self._lock(found.number)
         if not lock.acquire(wait=False):
             return None
+        found = self._joined.storage.get_trial(self._id(found.number))  # it may have ended by now
         owner = found.user_attrs.get(OWNER)
-        if not self._left(found, owner):
+        if found.state != TrialState.RUNNING or not self._left(found, owner):
             lock.release()
             return None
         trial = Trial(self._joined.study, self._id(found.number))

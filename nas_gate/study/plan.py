@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 from optuna.study import Study, StudyDirection
 
 from nas_gate.search import Refused
@@ -119,6 +119,14 @@ class Joined:
     plan: Plan
     study: Study
     storage: BaseStorage
+
+    def close(self) -> None:
+        """Let go of a database's connections."""
+        self.storage.remove_session()
+        if isinstance(self.storage, RDBStorage):
+            self.storage.engine.dispose()
+        elif isinstance(self.storage, GrpcStorageProxy):
+            self.storage.close()
 
 
 def join(plan: Plan) -> Joined:

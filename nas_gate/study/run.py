@@ -23,6 +23,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,21 +68,23 @@ def run(plan: Plan, job: Job, command: Sequence[str], console: Console | None = 
     supervisor = os.environ.pop(WORKER, None)
     if supervisor is not None:
         _end_with_supervisor()
-        work(join(plan), job, supervisor)
-        return
-    joined, identity = join(plan), uuid.uuid4().hex[:12]
-    progress = Progress(joined, console or Console())
-    lock = run_lock(plan.folder, identity)
-    lock.acquire()
-    try:
-        if plan.n_workers == 0:
-            work(joined, job, identity, progress.update)
-        elif not progress.done:
-            _Supervisor(plan, progress, command, identity).run()
-    finally:
-        lock.release()
-    progress.update()
-    progress.close()
+    with closing(join(plan)) as joined:
+        if supervisor is not None:
+            work(joined, job, supervisor)
+            return
+        identity = uuid.uuid4().hex[:12]
+        progress = Progress(joined, console or Console())
+        lock = run_lock(plan.folder, identity)
+        lock.acquire()
+        try:
+            if plan.n_workers == 0:
+                work(joined, job, identity, progress.update)
+            elif not progress.done:
+                _Supervisor(plan, progress, command, identity).run()
+        finally:
+            lock.release()
+        progress.update()
+        progress.close()
 
 
 # --- a worker -----------------------------------------------------------------------------------------------
@@ -207,6 +210,13 @@ class _Worker:
             )
 
 
+    def close(self) -> None:
+        """Forget a process that has ended."""
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process = None
+
+
 class _Supervisor:
     def __init__(self, plan: Plan, progress: Progress, command: Sequence[str], identity: str) -> None:
         self._plan, self._progress, self._seen = plan, progress, time.monotonic()
@@ -250,7 +260,7 @@ class _Supervisor:
         if code == 0:
             return True
         if worker.process is not None and code is not None:
-            worker.process = None
+            worker.close()
             worker.deaths += 1
             if worker.deaths > self._plan.max_retries + 2:  # a trial that kills it fails for good before
                 raise StudyFailed(
@@ -275,6 +285,8 @@ class _Supervisor:
         for process in running:
             process.kill()
             process.wait()
+        for worker in self._workers:
+            worker.close()
 
 
 def _tail(log: Path) -> str:

@@ -8,6 +8,7 @@ ends with its process, and whoever gets it cuts off what an append has left unfi
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import IO, Any
 from urllib.parse import urlsplit, urlunsplit
 
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
@@ -175,7 +177,9 @@ def _grpc(url: str) -> BaseStorage:
     if host is None or port is None:
         raise Refused(f"storage must be grpc://HOST:PORT, but is {url!r}.")
     try:
-        storage = GrpcStorageProxy(host=host, port=port)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # asked for by name
+            storage = GrpcStorageProxy(host=host, port=port)
         storage.wait_server_ready(timeout=CONNECT_SECONDS)
     except ImportError as error:
         raise Refused(f"The storage {url} needs gRPC: pip install 'nas-gate[grpc]'") from error
