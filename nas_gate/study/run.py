@@ -209,7 +209,6 @@ class _Worker:
                 start_new_session=True,  # Ctrl-C reaches it through the supervisor
             )
 
-
     def close(self) -> None:
         """Forget a process that has ended."""
         if self.process is not None and self.process.stdin is not None:
