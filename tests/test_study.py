@@ -513,3 +513,13 @@ def test_what_is_shown(tmp_path: Path):
     assert "2/2 finished; front: trials 0, 1" in shown
     assert "front of s: 2 trials" in shown
     assert "left" in shown
+
+
+def test_a_surplus_trial_whose_process_died_gives_way_even_when_all_is_done(tmp_path: Path):
+    a_plan = plan(tmp_path, n_trials=2)
+    run(a_plan, counting(1, 0.0), [], QUIET)
+    with closing(join(a_plan)) as joined:
+        joined.study.ask(fixed_distributions=a_plan.space.distributions)  # and dies
+    run(a_plan, counting(1, 0.0), [], QUIET)
+    all_finished(a_plan, 1)
+    assert [trial.state.name for trial in trials_of(a_plan)] == ["COMPLETE", "COMPLETE", "FAIL"]

@@ -58,6 +58,12 @@ def surplus(number: int, trials: Sequence[FrozenTrial], n_trials: int) -> bool:
     return sum(counts(trial) and trial.number < number for trial in trials) >= n_trials
 
 
+def finished(trials: Sequence[FrozenTrial], n_trials: int) -> bool:
+    """Whether all is done; a trial that nobody has made its own yet, or that gives way at present, is not."""
+    unclear = any(trial.state == TrialState.RUNNING and OWNER not in trial.user_attrs for trial in trials)
+    return sum(trial.state in FINISHED for trial in trials) >= n_trials and not unclear
+
+
 def this_machine() -> str:
     """A name for what shares one kernel, and so its locks, until the next start."""
     boot = Path("/proc/sys/kernel/random/boot_id")
@@ -70,10 +76,6 @@ class Claim:
     def __init__(self, joined: Joined, trial: Trial, trial_id: int, owner: dict[str, Any], lock: Lock) -> None:
         self.trial, self.number, self.lost = trial, trial.number, threading.Event()
         self._joined, self._id, self._owner, self._lock = joined, trial_id, owner, lock
-
-    def attributes(self) -> dict[str, Any]:
-        """The trial's user attributes at present."""
-        return self._joined.storage.get_trial(self._id).user_attrs
 
     def mine(self) -> bool:
         """Whether this process still owns the trial."""
@@ -116,7 +118,7 @@ class Claim:
         if not self.mine():
             self._lock.release()
             return
-        failures = int(self.attributes().get(FAILURES, 0)) + 1
+        failures = int(self.trial.user_attrs.get(FAILURES, 0)) + 1
         self.trial.set_user_attr(FAILURES, failures)
         self.trial.set_user_attr(ERROR, error)
         if failures > self._joined.plan.max_retries:
@@ -136,16 +138,23 @@ class Claims:
 
     def __init__(self, joined: Joined, run: str) -> None:
         self._joined, self._run = joined, run
+        self.finished = False
         self._machine = this_machine()
         self._locks = joined.plan.folder / ".claims"
         self._seen: dict[int, tuple[Any, float]] = {}
         self._study_id = joined.storage.get_study_id_from_name(joined.plan.name)
 
     def next(self) -> Claim | None:
-        """A trial to run: one left behind before a new one. None if there is nothing to do at present."""
+        """A trial to run: one left behind before a new one. None if there is nothing to do at present.
+
+        `finished` is set once there never will be.
+        """
         study, plan = self._joined.study, self._joined.plan
         with locked(self._locks / "next"):  # spares most surplus trials; nothing depends on it
             trials = study.get_trials(deepcopy=False)
+            self.finished = finished(trials, plan.n_trials)
+            if self.finished:
+                return None
             for found in trials:
                 if found.state != TrialState.RUNNING:
                     continue

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
-from nas_gate.study.claims import ERROR, FATAL, FINISHED, SURPLUS
+from nas_gate.study.claims import ERROR, FATAL, FINISHED, SURPLUS, finished
 from nas_gate.study.context import StudyFailed
 from nas_gate.study.plan import Joined
 from nas_gate.study.storage import shown
@@ -28,7 +28,7 @@ class Progress:
         self._told = {trial.number for trial in before if trial.state.is_finished()}
         self._done_before = sum(trial.state in FINISHED for trial in before)
         self._failed: list[FrozenTrial] = []
-        self.done = self._done_before >= joined.plan.n_trials
+        self.done = finished(before, joined.plan.n_trials)
         self.ended = len(self._told)
         plan = joined.plan
         self._print(
@@ -50,7 +50,7 @@ class Progress:
         if new:
             front = ", ".join(str(trial.number) for trial in study.best_trials)
             self._print(f"  {done}/{plan.n_trials} finished; front: trials {front or 'none'}{self._left(done)}")
-        self.done, self.ended = done >= plan.n_trials, len(ended)
+        self.ended = len(ended)
         if fatal := [trial for trial in self._failed if trial.user_attrs.get(FATAL)]:
             raise StudyFailed(f"trial {fatal[0].number}: {fatal[0].user_attrs[ERROR]}")
         if len(self._failed) > plan.max_failures:

@@ -32,7 +32,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from nas_gate.search import EpochHook, Moment
-from nas_gate.study.claims import BEATS, ERROR, FATAL, FINISHED, Claim, Claims, run_lock
+from nas_gate.study.claims import BEATS, ERROR, FATAL, Claim, Claims, run_lock
 from nas_gate.study.context import Lost, Stopped, StudyFailed
 from nas_gate.study.plan import Joined, Plan, join
 from nas_gate.study.progress import SECONDS, Progress
@@ -92,19 +92,19 @@ def run(plan: Plan, job: Job, command: Sequence[str], console: Console | None = 
 
 def work(joined: Joined, job: Job, run: str, after_look: Callable[[], None] = lambda: None) -> None:
     """Run trials until the study is finished; `after_look` is called between them."""
-    claims, plan = Claims(joined, run), joined.plan
-    while sum(trial.state in FINISHED for trial in joined.study.get_trials(deepcopy=False)) < plan.n_trials:
+    claims = Claims(joined, run)
+    while not claims.finished:
         claim = claims.next()
-        if claim is None:
-            time.sleep(POLL)
-        else:
+        if claim is not None:
             _attempt(claim, joined, job)
+        elif not claims.finished:
+            time.sleep(POLL)
         after_look()
 
 
 def _attempt(claim: Claim, joined: Joined, job: Job) -> None:
     plan, trial = joined.plan, claim.trial
-    before, began = float(claim.attributes().get(SECONDS, 0.0)), time.monotonic()
+    before, began = float(trial.user_attrs.get(SECONDS, 0.0)), time.monotonic()
     folder = plan.folder / str(claim.number)
     try:
         with claim.beating():
