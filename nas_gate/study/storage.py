@@ -81,7 +81,8 @@ class JournalLock:
 
     def __init__(self, journal: Path) -> None:
         self._journal = journal
-        self._lock = Lock(journal.with_name(journal.name + ".lock"))
+        # another name than Optuna's lock has, which a dashboard takes when it writes a note, and breaks after a while
+        self._lock = Lock(journal.with_name(f".{journal.name}.lock"))
 
     def acquire(self) -> bool:
         """Lock, and leave the journal ending with a whole line."""

@@ -66,6 +66,10 @@ class StudySweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Take part in the study until it is finished."""
+        if (devices := self._config.hardware.devices) not in (1, "1"):
+            raise Refused(  # the processes of a strategy start by the same command, and would be studies themselves
+                f"In a study, `hardware.devices` must be 1, but is {devices!r}: more workers use more devices."
+            )
         plan = plan_of(self._settings, arguments, Path(str(self._config.hydra.sweep.dir)), self._loader)
 
         def job(running: Running) -> Mapping[str, Any]:
