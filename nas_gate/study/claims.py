@@ -165,7 +165,8 @@ class Claims:
             if sum(map(counts, trials)) >= plan.n_trials:
                 return None
             trial = study.ask(fixed_distributions=plan.space.distributions)
-            if surplus(trial.number, study.get_trials(deepcopy=False), plan.n_trials):
+            possible = trial.number >= plan.n_trials  # spares a look at the storage
+            if possible and surplus(trial.number, study.get_trials(deepcopy=False), plan.n_trials):
                 self._give_way(trial)
                 return None
             lock = self._lock(trial.number)

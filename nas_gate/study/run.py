@@ -41,7 +41,7 @@ from nas_gate.study.space import as_overrides
 WORKER = "NAS_GATE_STUDY_RUN"
 """In a worker's environment: the run that its supervisor began."""
 
-POLL = 0.25  # seconds between two looks at the storage, where there is nothing else to do
+POLL = 0.5  # seconds between two looks at the storage, where there is nothing else to do
 LONGEST_PAUSE = 30.0  # seconds before a worker that dies again and again is started once more
 LAST_MOMENT = 20.0  # seconds that workers have to end after Ctrl-C
 
