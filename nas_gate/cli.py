@@ -61,8 +61,8 @@ T = TypeVar("T")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (by default this process's) and return its exit code.
 
-    0 done; 1 training diverged; 2 a mistake in what was asked, told in one message; 130 interrupted. What is
-    a defect of this package itself is raised, with its traceback.
+    0 done; 1 training diverged, or a study could not go on; 2 a mistake in what was asked, told in one message;
+    130 interrupted. What is a defect of this package itself is raised, with its traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
@@ -92,6 +92,7 @@ def _told() -> Iterator[list[int]]:
     from omegaconf.errors import OmegaConfBaseException
 
     from nas_gate.search import Refused
+    from nas_gate.study.context import StudyFailed
     from nas_gate.training import Diverged
 
     code = [0]
@@ -99,7 +100,7 @@ def _told() -> Iterator[list[int]]:
         yield code
     except (Refused, HydraException, OmegaConfBaseException) as error:
         code[0] = _mistake(_whole_message(error))
-    except Diverged as error:
+    except (Diverged, StudyFailed) as error:
         _mistake(str(error))
         code[0] = 1
     except KeyboardInterrupt:
@@ -128,9 +129,11 @@ def _search(overrides: Sequence[str]) -> None:
     from hydra.types import RunMode
 
     from nas_gate.search import Refused
+    from nas_gate.study.sweeper import register
     from nas_gate.training import Diverged
 
     register_resolvers()
+    register([sys.executable, "-m", "nas_gate.cli", "search", *overrides])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach `_told`, which tells mistakes from defects
     failed: list[Exception] = []
     command = sys.argv
@@ -158,15 +161,22 @@ def _search(overrides: Sequence[str]) -> None:
 
 
 def _run(config: DictConfig, run_dir: Path) -> dict[str, Any]:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
     from omegaconf import OmegaConf
     from rich.console import Console
 
     from nas_gate.search import search
+    from nas_gate.study.context import epoch_hook
 
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     here = Path.cwd()
     run_dir = run_dir.relative_to(here) if run_dir.is_relative_to(here) else run_dir
-    return search(settings_of(plain), run_dir, cache_dir=Path(plain["cache_dir"]), console=Console())
+    settings, cache_dir = settings_of(plain), Path(plain["cache_dir"])
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return search(settings, run_dir, cache_dir=cache_dir, console=Console())
+    with (run_dir / "log.txt").open("a") as log:  # a study says one line about each trial
+        return search(settings, run_dir, cache_dir=cache_dir, console=Console(file=log), on_epoch=epoch_hook())
 
 
 def conf_dir() -> Path:
