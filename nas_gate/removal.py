@@ -182,7 +182,8 @@ def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
 
 def _owner(name: str) -> str:
     """The path of the module that a tensor belongs to; a parametrized one belongs to the module that it is made for."""
-    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+    owner, parametrized, _ = f".{name}".partition(".parametrizations.")
+    return owner[1:] if parametrized else name.rpartition(".")[0]
 
 
 def _all_names(model: nn.Module) -> dict[str, Tensor]:
