@@ -91,9 +91,7 @@ def _told() -> Iterator[list[int]]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from nas_gate.search import Refused
-    from nas_gate.study.context import StudyFailed
-    from nas_gate.training import Diverged
+    from nas_gate.errors import Diverged, Refused, StudyFailed
 
     code = [0]
     try:
@@ -128,11 +126,10 @@ def _search(overrides: Sequence[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from nas_gate.search import Refused
+    from nas_gate.errors import Diverged, Refused
     from nas_gate.study.sweeper import register
-    from nas_gate.training import Diverged
 
-    register_resolvers()
+    _prepare_hydra()
     register([sys.executable, "-m", "nas_gate.cli", "search", *overrides])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach `_told`, which tells mistakes from defects
     failed: list[Exception] = []
@@ -180,12 +177,31 @@ def _run(config: DictConfig, run_dir: Path) -> dict[str, Any]:
 
 
 def conf_dir() -> Path:
-    """The folder of the shipped configuration: inside an installed package, beside it in a checkout."""
+    """The folder of the shipped configuration."""
+    return _shipped("conf")
+
+
+def sweeps_dir() -> Path:
+    """The folder of the shipped studies, one file each: the group `sweep` of the configuration."""
+    return _shipped("sweeps")
+
+
+def _shipped(name: str) -> Path:
+    # inside an installed package, beside it in a checkout
     package = Path(__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
+    for folder in (package / name, package.parent / name):
+        if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"config.yaml should lie in {package / 'conf'} or {package.parent / 'conf'}")
+    raise FileNotFoundError(f"{name} should lie in {package} or {package.parent}")
+
+
+def _prepare_hydra() -> None:
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    register_resolvers()
+    for file in sorted(sweeps_dir().glob("*.yaml")):
+        ConfigStore.instance().store(group="sweep", name=file.stem, node=OmegaConf.load(file), package="_global_")
 
 
 def register_resolvers() -> None:
@@ -229,7 +245,8 @@ OTHERS = ("run", "run_dir", "cache_dir", "experiment")
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
     """The settings that a resolved configuration describes; Refused names the key that is wrong."""
-    from nas_gate.search import Distillation, Gating, Named, Refused, Settings
+    from nas_gate.errors import Refused
+    from nas_gate.search import Distillation, Gating, Named, Settings
     from nas_gate.training import Hardware, Recipe
 
     if unknown := sorted(config.keys() - {*SETTINGS, *OTHERS}):
@@ -256,7 +273,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
 
 
 def _shares(value: Any) -> tuple[float, ...] | None:
-    from nas_gate.search import Refused
+    from nas_gate.errors import Refused
 
     if value is None:
         return None
@@ -266,7 +283,7 @@ def _shares(value: Any) -> tuple[float, ...] | None:
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    from nas_gate.search import Refused
+    from nas_gate.errors import Refused
 
     if not isinstance(value, Mapping):
         raise Refused(f"`{where}` must be a mapping, but is {value!r}.")
@@ -275,7 +292,7 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 def _made(kind: type[T], values: Any, where: str) -> T:
     """The dataclass `kind` from a mapping with exactly its fields (those with defaults may be left out)."""
-    from nas_gate.search import Refused
+    from nas_gate.errors import Refused
 
     values = _mapping(values, where)
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
@@ -296,7 +313,7 @@ def _made(kind: type[T], values: Any, where: str) -> T:
 
 
 def _typed(value: Any, hint: Any, path: str) -> Any:
-    from nas_gate.search import Refused
+    from nas_gate.errors import Refused
 
     allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for kind in allowed:
@@ -353,7 +370,7 @@ def composed(overrides: Sequence[str], config_dir: str | None = None) -> dict[st
     import hydra
     from omegaconf import OmegaConf
 
-    register_resolvers()
+    _prepare_hydra()
     more = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = hydra.compose("config", [*overrides, *more])
@@ -363,7 +380,7 @@ def composed(overrides: Sequence[str], config_dir: str | None = None) -> dict[st
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    from nas_gate.search import Refused
+    from nas_gate.errors import Refused
 
     sizes = text.split("x")
     if len(sizes) < 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas_gate.settings import Refused
+from nas_gate.errors import Refused
 
 if TYPE_CHECKING:
     from nas_gate.collect import Collected

@@ -11,7 +11,8 @@ from typing import Any
 from lightning_fabric import Fabric
 from rich.console import Console
 
-from nas_gate.settings import Plain, Refused
+from nas_gate.errors import Refused
+from nas_gate.settings import Plain
 from nas_gate.training import replacing
 
 

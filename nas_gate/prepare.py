@@ -15,10 +15,11 @@ from nas_gate import baselines, models
 from nas_gate import data as datasets
 from nas_gate.analysis import attach
 from nas_gate.budgets import Budget, make_budget
+from nas_gate.errors import Refused
 from nas_gate.gates import make_gate
 from nas_gate.gating import GatedModel
 from nas_gate.landing import choose, reachable
-from nas_gate.settings import Plain, Refused, Settings
+from nas_gate.settings import Plain, Settings
 from nas_gate.training import Loader, connect, place, seed_everything
 
 

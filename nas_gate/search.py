@@ -36,7 +36,7 @@ from nas_gate.folders import file_name, held, read_json, refuse_other_settings, 
 from nas_gate.outcome import Stage, announce, announce_leg, combined, figures, report, tell
 from nas_gate.prepare import Prepared, decide, example_input, load_data, prepare, refusing, seeded_model
 from nas_gate.removal import Removed
-from nas_gate.settings import Distillation, Gating, Leg, Named, Plain, Refused, Settings, describe, versions
+from nas_gate.settings import Distillation, Gating, Leg, Named, Plain, Settings, describe, versions
 from nas_gate.training import Controller, Epoch, classification, distilled, evaluate, fit, optimiser, place
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
     "Gating",
     "Moment",
     "Named",
-    "Refused",
     "Settings",
     "describe",
     "example_input",
@@ -113,7 +112,7 @@ def search(
     results returned are then those of the last target, with the folders' names in `candidates` and the `hypervolume`
     of all (see `outcome.combined`); every candidate's `seconds_gated` are counted from the first leg on.
 
-    Raises Refused before any training, `training.Diverged` when a loss becomes NaN or infinite.
+    Raises Refused before any training, Diverged when a loss becomes NaN or infinite.
     """
     described = describe(settings)
     refuse_other_settings(described, run_dir)

@@ -21,10 +21,6 @@ METHODS = ("gates", *BASELINES)
 TARGET = 0.5
 
 
-class Refused(ValueError):
-    """What was asked for breaks a rule; nothing was trained."""
-
-
 @dataclass(frozen=True)
 class Named:
     """Something from a registry: its name there and the keywords that it is made with."""

@@ -27,6 +27,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from nas_gate.errors import Diverged
+
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits (N, classes), inputs (N, ...), targets (N,)) -> scalar loss."""
 
@@ -34,10 +36,6 @@ Schedule = Callable[[float], float]
 """Epochs done, fractions included -> factor on every optimiser's own learning rate."""
 
 STEPS_BETWEEN_CHECKS = 50  # reading the loss waits for the device: not at every step
-
-
-class Diverged(RuntimeError):
-    """The loss or the weights became NaN or infinite; the last good checkpoint is still on disk."""
 
 
 class Loader(Protocol):

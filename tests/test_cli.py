@@ -9,8 +9,7 @@ import pytest
 
 import nas_gate
 from nas_gate import cli, search
-from nas_gate.search import Refused
-from nas_gate.training import Diverged
+from nas_gate.errors import Diverged, Refused
 
 QUICK = ["experiment=debug", "model.arguments.width=0.25", "training.gating.learning_rate=0.1"]
 

@@ -8,13 +8,14 @@ from omegaconf import OmegaConf
 
 import nas_gate
 from nas_gate import budgets, data, models, search
-from nas_gate.cli import composed, conf_dir, settings_of
+from nas_gate.cli import composed, conf_dir, settings_of, sweeps_dir
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
     for folder in sorted(conf_dir().iterdir())
     if folder.is_dir() and folder.name != "hydra"
 }
+GROUPS["sweep"] = sorted(file.stem for file in sweeps_dir().glob("*.yaml"))
 NEEDED = {"custom": ["model.name=test_conf:small"]}  # values that a file leaves to its user
 
 
@@ -76,13 +77,13 @@ def test_every_budget_file_makes_its_budget(name: str):
 def test_every_option_has_a_comment():
     """Each file begins with one, and the name of every value stands below one (training files share theirs)."""
     shared = explained((conf_dir() / "training" / "default.yaml").read_text())[1]
-    for file in sorted(conf_dir().rglob("*.yaml")):
+    for file in sorted([*conf_dir().rglob("*.yaml"), *sweeps_dir().glob("*.yaml")]):
         text = file.read_text().partition("\nhydra:")[0]
         names, commented = explained(text)
         assert text.startswith("#"), file
         if file.parent.name == "training":
             commented |= shared
-        if file.parent.name not in ("experiment", "sweep"):  # experiments repeat nothing
+        if file.parent.name not in ("experiment", "sweeps"):  # experiments repeat nothing
             assert names - commented - {"name"} == set(), file
 
 

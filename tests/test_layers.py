@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "nas_gate"
-LAYERS: dict[str, set[str]] = {name: set() for name in ("gates", "structure", "models", "data", "pareto")}
+LAYERS: dict[str, set[str]] = {name: set() for name in ("errors", "gates", "structure", "models", "data", "pareto")}
 LAYERS["cost"] = {"structure"}
 LAYERS["gating"] = {"cost", "gates", "structure"}
 LAYERS["landing"] = {"cost", "structure"}
@@ -16,11 +16,11 @@ LAYERS["removal"] = {"cost", "gating", "structure"}
 LAYERS["inspect"] = {"cost", "structure"}
 LAYERS["candidate"] = {"models", "removal", "structure"}
 LAYERS["analysis"] = {"cost", "gates", "gating", "landing", "removal", "structure"}
-LAYERS["training"] = {"data"}
+LAYERS["training"] = {"data", "errors"}
 LAYERS["baselines"] = {"gating", "structure"}
-LAYERS["settings"] = {"baselines", "cost", "training"}
+LAYERS["settings"] = {"baselines", "cost", "errors", "training"}
 LAYERS["budgets"] = {"gating", "settings", "training"}
-LAYERS["folders"] = {"settings", "training"}
+LAYERS["folders"] = {"errors", "settings", "training"}
 LAYERS["prepare"] = {*LAYERS} - {"candidate", "folders", "inspect", "pareto"}
 LAYERS["outcome"] = {"models", "pareto", "prepare", "removal", "settings", "training"}
 LAYERS["search"] = {*LAYERS}

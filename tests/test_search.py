@@ -14,8 +14,9 @@ from torch import nn
 
 import nas_gate
 from nas_gate import baselines, budgets, data, folders, landing, models, search, training
-from nas_gate.search import Gating, Named, Refused, Settings
-from nas_gate.training import Diverged, Hardware, Recipe
+from nas_gate.errors import Diverged, Refused
+from nas_gate.search import Gating, Named, Settings
+from nas_gate.training import Hardware, Recipe
 
 RECIPE = Recipe(epochs=2, learning_rate=0.05, clip_norm=1.0)
 TINY = Settings(

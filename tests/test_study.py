@@ -27,15 +27,14 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
-from nas_gate.search import Moment, Refused
+from nas_gate.errors import Diverged, Refused, StudyFailed
+from nas_gate.search import Moment
 from nas_gate.study import claims
 from nas_gate.study.claims import ERROR, FAILURES
-from nas_gate.study.context import StudyFailed
 from nas_gate.study.plan import Plan, join
 from nas_gate.study.run import Job, Running, run
 from nas_gate.study.samplers import SAMPLERS
 from nas_gate.study.space import Space, parse
-from nas_gate.training import Diverged
 
 EPOCH = 0.05
 QUIET = Console(quiet=True)
@@ -167,8 +166,8 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     found = [shutil.which("pg_ctl"), *sorted(glob.glob("/usr/lib/postgresql/*/bin/pg_ctl"))]
     programs = [Path(path).resolve().parent for path in found if path]
     if not programs:
-        if os.environ.get("NAS_GATE_NEED_POSTGRESQL"):
-            pytest.fail("PostgreSQL is not installed, and NAS_GATE_NEED_POSTGRESQL is set")
+        if os.environ.get("NAS_GATE_SKIP_NOTHING"):
+            pytest.fail("PostgreSQL is not installed, and NAS_GATE_SKIP_NOTHING is set")
         pytest.skip("PostgreSQL (initdb, pg_ctl) is not installed")
     folder = Path(tempfile.mkdtemp(prefix="pg"))  # a socket's path must be short, and the owner must reach it
     user: dict[str, Any] = {"user": "nobody"} if os.getuid() == 0 else {}  # PostgreSQL refuses to run as root

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from nas_gate import training
 from nas_gate.data.loaders import TensorLoader
-from nas_gate.training import Diverged, Hardware, Recipe, connect, fit
+from nas_gate.errors import Diverged
+from nas_gate.training import Hardware, Recipe, connect, fit
 
 CPU = Hardware(accelerator="cpu", channels_last=False)
 

@@ -8,10 +8,6 @@ from contextlib import contextmanager
 from nas_gate.search import EpochHook
 
 
-class StudyFailed(RuntimeError):
-    """The study cannot go on; what is finished stays, and the same command continues it."""
-
-
 class Stopped(Exception):
     """Raised in a job by its `on_epoch`: a trial stopped early."""
 

@@ -16,7 +16,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 from optuna.study import Study, StudyDirection
 
-from nas_gate.search import Refused
+from nas_gate.errors import Refused
 from nas_gate.study.early_stopping import EarlyStopping
 from nas_gate.study.samplers import PerTrial, make_sampler
 from nas_gate.study.space import Space

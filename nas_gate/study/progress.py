@@ -10,8 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
+from nas_gate.errors import StudyFailed
 from nas_gate.study.claims import ERROR, FATAL, FINISHED, SURPLUS, finished
-from nas_gate.study.context import StudyFailed
 from nas_gate.study.plan import Joined
 from nas_gate.study.storage import shown
 

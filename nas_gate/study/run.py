@@ -31,9 +31,10 @@ from typing import Any
 from optuna.trial import TrialState
 from rich.console import Console
 
+from nas_gate.errors import StudyFailed
 from nas_gate.search import EpochHook, Moment
 from nas_gate.study.claims import BEATS, ERROR, FATAL, Claim, Claims, run_lock
-from nas_gate.study.context import Lost, Stopped, StudyFailed
+from nas_gate.study.context import Lost, Stopped
 from nas_gate.study.plan import Joined, Plan, join
 from nas_gate.study.progress import SECONDS, Progress
 from nas_gate.study.space import as_overrides

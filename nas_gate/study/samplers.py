@@ -26,7 +26,7 @@ from optuna.samplers import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
-from nas_gate.search import Refused
+from nas_gate.errors import Refused
 
 
 def _gp(seed: int, own: int, **arguments: Any) -> BaseSampler:

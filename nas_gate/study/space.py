@@ -26,7 +26,7 @@ from optuna.distributions import (
 )
 from optuna.trial import Trial
 
-from nas_gate.search import Refused
+from nas_gate.errors import Refused
 
 SpaceFunction = Callable[[Trial], Sequence[str]]
 

@@ -21,7 +21,7 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
-from nas_gate.search import Refused
+from nas_gate.errors import Refused
 
 fcntl: ModuleType | None
 try:

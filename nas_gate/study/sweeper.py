@@ -26,7 +26,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from nas_gate.search import Refused
+from nas_gate.errors import Refused
 from nas_gate.study.context import looking_on
 from nas_gate.study.early_stopping import EarlyStopping
 from nas_gate.study.plan import Plan
@@ -78,13 +78,17 @@ class StudySweeper(Sweeper):
             figures: Mapping[str, Any] = done.return_value  # raises what the job has raised
             return figures
 
-        if plan.space.parameters:
-            self._refuse_what_hydra_cannot_compose(plan)
+        self._refuse_what_no_trial_can_do(plan)
         run(plan, job, _command)
 
-    def _refuse_what_hydra_cannot_compose(self, plan: Plan) -> None:
+    def _refuse_what_no_trial_can_do(self, plan: Plan) -> None:
         corner = [parameter.override(parameter.example()) for parameter in plan.space.parameters.values()]
-        self._loader.load_sweep_config(self._config, [*plan.fixed, *corner])
+        config = self._loader.load_sweep_config(self._config, [*plan.fixed, *corner])
+        if plan.early_stopping is not None and config.targets is not None:
+            raise Refused(
+                f"`early_stopping` ends a trial for the sake of its one candidate, but targets={config.targets} asks "
+                "for several: give `target` or leave early stopping out."
+            )
 
 
 def plan_of(settings: Mapping[str, Any], arguments: Sequence[str], folder: Path, config_loader: Any = None) -> Plan:
