@@ -119,11 +119,29 @@ def connect(hardware: Hardware) -> Fabric:
 
 
 def place(module: nn.Module, fabric: Fabric, *, channels_last: bool = False) -> nn.Module:
-    """Move `module` in place to Fabric's device, its 4-d weights to channels_last if asked; returns it."""
+    """Move `module` in place to Fabric's device, its 4-d weights to channels_last if asked; returns it.
+
+    On a CPU a network with a thin strided 1x1 convolution stays in the default format (see `_miscomputed`).
+    """
     module.to(fabric.device)
     if channels_last:  # convolutions follow their weight's format, so that inputs need no conversion
-        module.to(memory_format=torch.channels_last)
+        unsafe = fabric.device.type == "cpu" and any(map(_miscomputed, module.modules()))
+        module.to(memory_format=torch.contiguous_format if unsafe else torch.channels_last)
     return module
+
+
+def _miscomputed(module: nn.Module) -> bool:
+    """Whether oneDNN's gradient of this convolution is wrong, or crashes, in channels_last.
+
+    So it is for 1x1 convolutions of stride above 1 with fewer input channels than a vector has places (8 with AVX2,
+    16 with AVX-512): https://github.com/uxlfoundation/oneDNN/issues/6035. Removal makes such layers.
+    """
+    return (
+        isinstance(module, nn.Conv2d)
+        and set(module.kernel_size) == {1}
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < 16
+    )
 
 
 def seed_everything(seed: int, *more: int) -> None:

@@ -1,3 +1,4 @@
+import copy
 import io
 import math
 import os
@@ -341,6 +342,23 @@ def test_channels_last_does_not_change_the_function():
     assert placed is module
     assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("channels", [3, 7, 16])
+def test_gradients_of_a_thin_strided_convolution_are_right(channels: int):
+    torch.manual_seed(0)
+    placed = training.place(
+        nn.Sequential(nn.Conv2d(2, channels, 3), nn.Conv2d(channels, 8, 1, stride=2)), connect(CPU), channels_last=True
+    )
+    wide = copy.deepcopy(placed).double()
+    x = torch.randn(16, 2, 32, 32)
+    placed(x).square().mean().backward()
+    wide(x.double()).square().mean().backward()
+    for mine, exact in zip(placed.parameters(), wide.parameters(), strict=True):
+        assert mine.grad is not None
+        assert exact.grad is not None
+        torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+    assert placed[0].weight.is_contiguous() == (channels < 16)
 
 
 def test_two_processes_train_as_one(tmp_path: Path):
