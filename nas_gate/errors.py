@@ -5,6 +5,10 @@ class Refused(ValueError):
     """What was asked for breaks a rule; nothing was trained."""
 
 
+class InUse(Refused):
+    """Another process is working there; it may be asked again once that has ended."""
+
+
 class Diverged(RuntimeError):
     """The loss or the weights became NaN or infinite; the last good checkpoint is still on disk."""
 

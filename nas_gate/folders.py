@@ -11,7 +11,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from rich.console import Console
 
-from nas_gate.errors import Refused
+from nas_gate.errors import InUse, Refused
 from nas_gate.settings import Plain
 from nas_gate.training import replacing
 
@@ -31,7 +31,7 @@ def held(folder: Path, fabric: Fabric, *, wait: bool = False, console: Console |
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     if not wait:
-                        raise Refused(f"Another process is working in {folder}.") from None
+                        raise InUse(f"Another process is working in {folder}.") from None
                     if console is not None:
                         console.print(f"waiting for another process to finish {folder}", soft_wrap=True)
                     fcntl.flock(file, fcntl.LOCK_EX)

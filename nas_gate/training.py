@@ -291,6 +291,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:
+        # torch.save hides a full disk behind an error of its own about the archive that it could not end
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the new name must reach the disk too

@@ -496,10 +496,11 @@ def test_factory_errors(factory_module: str, path: str, error: type[Exception], 
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match=r"unknown model 'resnet55'; close matches: .*resnet56.*names\(\) lists"):
+    with pytest.raises(ValueError, match=r"unknown model 'resnet55'; close matches: .*resnet56.*; valid names: "):
         models.build("resnet55")
-    with pytest.raises(ValueError, match=r"unknown model 'qqq'; nas_gate\.models\.names"):
+    with pytest.raises(ValueError, match="unknown model 'qqq'; valid names: ") as error:
         models.accepts("qqq", "width")
+    assert all(name in str(error.value) for name in models.names())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import nn
 
 import nas_gate
 from nas_gate import baselines, budgets, data, folders, landing, models, search, training
-from nas_gate.errors import Diverged, Refused
+from nas_gate.errors import Diverged, InUse, Refused
 from nas_gate.search import Gating, Named, Settings
 from nas_gate.training import Hardware, Recipe
 
@@ -453,7 +453,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path):
     fabric = SimpleNamespace(is_global_zero=True, barrier=lambda: None)
     with (
         folders.held(tmp_path, fabric),  # type: ignore[arg-type]
-        pytest.raises(Refused, match="Another process is working in"),
+        pytest.raises(InUse, match="Another process is working in"),
         folders.held(tmp_path, fabric),  # type: ignore[arg-type]
     ):
         pass

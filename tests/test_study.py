@@ -27,7 +27,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
-from nas_gate.errors import Diverged, Refused, StudyFailed
+from nas_gate.errors import Diverged, InUse, Refused, StudyFailed
 from nas_gate.search import Moment
 from nas_gate.study import claims
 from nas_gate.study.claims import ERROR, FAILURES
@@ -266,6 +266,22 @@ def test_an_objective_that_the_job_does_not_return_ends_the_study_at_once(tmp_pa
     with pytest.raises(StudyFailed, match="no 'latency'; it returned accuracy, macs, note"):
         run(a_plan, counting(1, 0.0), [], QUIET)
     assert len(trials_of(a_plan)) == 1
+
+
+def test_a_folder_that_a_former_job_still_works_in_is_waited_for(tmp_path: Path):
+    a_plan = plan(tmp_path, n_trials=2, max_retries=0, heartbeat=0.01)
+    inner, refusals = counting(2, 0.0), []
+
+    def job(running: Running) -> Mapping[str, Any]:
+        if running.number == 0 and len(refusals) < 3:
+            refusals.append(running.number)
+            raise InUse("Another process is working in it.")
+        return inner(running)
+
+    run(a_plan, job, [], QUIET)
+    assert len(refusals) == 3
+    all_finished(a_plan, 2)
+    assert all(FAILURES not in trial.user_attrs for trial in trials_of(a_plan))
 
 
 def test_ctrl_c_leaves_the_trial_to_the_next_run(tmp_path: Path):
@@ -512,6 +528,17 @@ def test_what_is_shown(tmp_path: Path):
     assert "2/2 finished; front: trials 0, 1" in shown
     assert "front of s: 2 trials" in shown
     assert "left" in shown
+
+
+def test_what_was_given_to_a_trial_is_shown_beside_what_was_drawn(tmp_path: Path):
+    text = io.StringIO()
+    enqueue = ({"method": "uniform", "width": 2}, {"+method": "l1"})
+    run(plan(tmp_path, n_trials=2, enqueue=enqueue), counting(1, 0.0), [], Console(file=text, width=120))
+    shown = text.getvalue()
+    assert "trial 0 (method=uniform, width=2, x=" in shown
+    assert "trial 1 (+method=l1, x=" in shown
+    front = [row.split() for row in shown[shown.index("front of s") :].splitlines()]
+    assert next(row for row in front if "trial" in row)[3:8:2] == ["+method", "method", "width"]
 
 
 def test_a_surplus_trial_whose_process_died_gives_way_even_when_all_is_done(tmp_path: Path):

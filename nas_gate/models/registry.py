@@ -41,7 +41,7 @@ def build(name: str, **arguments: Any) -> nn.Module:
         arguments: keywords of the builder, e.g. num_classes, in_channels; `accepts` tells which it names.
 
     Raises:
-        ValueError: the name is unknown (the error lists close matches), or the builder refuses a value.
+        ValueError: the name is unknown (the error lists the valid ones), or the builder refuses a value.
         ImportError: the module or the attribute of an import path cannot be had.
         TypeError: an argument that the builder does not take, or a factory that returned no `nn.Module`.
     """
@@ -99,8 +99,8 @@ def _resolve(name: str) -> Builder:
     close = difflib.get_close_matches(name, BUILDERS, n=5, cutoff=0.6)
     hint = f"close matches: {', '.join(close)}; " if close else ""
     raise ValueError(
-        f"unknown model {name!r}; {hint}nas_gate.models.names() lists all {len(BUILDERS)} names, "
-        'and "package.module:factory" names a factory of your own'
+        f"unknown model {name!r}; {hint}valid names: {', '.join(names())}, "
+        'or "package.module:factory" for a factory of your own'
     )
 
 

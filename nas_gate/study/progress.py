@@ -46,7 +46,7 @@ class Progress:
         for trial in sorted(new, key=lambda trial: trial.datetime_complete or trial.datetime_start):  # type: ignore[arg-type, return-value]
             self._told.add(trial.number)
             self._failed += [trial] if trial.state == TrialState.FAIL else []
-            self._print(describe(trial, plan.objectives))
+            self._print(describe(trial, self._values(trial), plan.objectives))
         if new:
             front = ", ".join(str(trial.number) for trial in study.best_trials)
             self._print(f"  {done}/{plan.n_trials} finished; front: trials {front or 'none'}{self._left(done)}")
@@ -64,14 +64,20 @@ class Progress:
         """The front, as a table."""
         study, plan = self._joined.study, self._joined.plan
         front = sorted(study.best_trials, key=lambda trial: trial.values)
-        names = sorted({name for trial in front for name in trial.params})
+        values = [self._values(trial) for trial in front]
+        names = sorted({name for given in values for name in given})
         table = Table("trial", *names, *plan.objectives, title=f"front of {plan.name}: {len(front)} trials")
-        for trial in front:
-            given = [value_text(trial.params.get(name, "")) for name in names]
-            table.add_row(str(trial.number), *given, *map(value_text, trial.values))
+        for trial, given in zip(front, values):
+            shown = [value_text(given.get(name, "")) for name in names]
+            table.add_row(str(trial.number), *shown, *map(value_text, trial.values))
         for column in table.columns:
             column.justify = "right"
         self._console.print(table)
+
+    def _values(self, trial: FrozenTrial) -> dict[str, Any]:
+        """What tells the trial from others: what was drawn for it, and what it was given."""
+        enqueued = self._joined.plan.enqueue
+        return {**(enqueued[trial.number] if trial.number < len(enqueued) else {}), **trial.params}
 
     def _left(self, done: int) -> str:
         new, left = done - self._done_before, self._joined.plan.n_trials - done
@@ -83,9 +89,9 @@ class Progress:
         self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def describe(trial: FrozenTrial, objectives: Mapping[str, str]) -> str:
-    """One line on a trial that has ended."""
-    given = ", ".join(f"{name}={value_text(value)}" for name, value in trial.params.items())
+def describe(trial: FrozenTrial, values: Mapping[str, Any], objectives: Mapping[str, str]) -> str:
+    """One line on a trial that has ended; `values` are what it was run with."""
+    given = ", ".join(f"{name}={value_text(value)}" for name, value in values.items())
     if trial.state == TrialState.COMPLETE:
         what = ", ".join(f"{name} {value_text(value)}" for name, value in zip(objectives, trial.values))
     elif trial.state == TrialState.PRUNED:

@@ -31,7 +31,7 @@ from typing import Any
 from optuna.trial import TrialState
 from rich.console import Console
 
-from nas_gate.errors import StudyFailed
+from nas_gate.errors import InUse, StudyFailed
 from nas_gate.search import EpochHook, Moment
 from nas_gate.study.claims import BEATS, ERROR, FATAL, Claim, Claims, run_lock
 from nas_gate.study.context import Lost, Stopped
@@ -119,6 +119,9 @@ def _attempt(claim: Claim, joined: Joined, job: Job) -> None:
         raise
     except Lost:
         claim.release()
+    except InUse:  # a former owner's job still runs, on a cluster for instance: it goes on there, or ends
+        claim.release()
+        time.sleep(plan.heartbeat)
     except Stopped:
         trial.set_user_attr(SECONDS, before + time.monotonic() - began)
         claim.tell(TrialState.PRUNED)
