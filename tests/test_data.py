@@ -488,7 +488,7 @@ def test_shapes_have_the_classes_that_they_show():
     assert d.train.x.shape == (*d.train.y.shape[:1], 3, 32, 32)
     light = d.train.x.float().mean(1)
     assert light[d.train.y == 0].mean() == pytest.approx(100, abs=1)  # the background's
-    assert light[d.train.y > 0].min() > 100
+    assert light[d.train.y > 0].mean() > 150
     assert not torch.equal(d.train.x[:100], d.test.x[:100])
     assert load("shapes", batch_size=32).fingerprint == d.fingerprint
 

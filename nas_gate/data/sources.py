@@ -173,7 +173,7 @@ def npz(root: Path | None, download: bool, path: str | None = None, num_classes:
 
 def _classes(y: Tensor) -> Tensor:
     """The different labels of images or pixels, in order."""
-    present = torch.unique(y)
+    present: Tensor = torch.unique(y)
     return present[present != VOID] if y.dim() > 1 else present
 
 
