@@ -210,9 +210,13 @@ def register_resolvers() -> None:
     """
     from omegaconf import OmegaConf
 
+    from nas_gate.settings import DEFAULT_TASK
+
     def digest(*, _root_: DictConfig) -> str:
         whole: Any = OmegaConf.to_container(OmegaConf.masked_copy(_root_, list(SETTINGS)), resolve=True)
         whole["data"] = {key: value for key, value in whole["data"].items() if key not in PLACES}
+        if whole["task"] == DEFAULT_TASK:  # so that the folders of runs from before there were others stay theirs
+            del whole["task"]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
 
     def shares(*, _root_: DictConfig) -> str:
@@ -239,6 +243,7 @@ SETTINGS = (
     "round_to",
     "seed",
     "test",
+    "task",
 )
 OTHERS = ("run", "run_dir", "cache_dir", "experiment")
 
@@ -261,7 +266,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     return _made(
         Settings,
         {
-            **{name: _made(Named, config[name], name) for name in ("model", "gate", "budget")},
+            **{name: _made(Named, config[name], name) for name in ("model", "gate", "budget", "task")},
             "data": _made(Named, {"name": data.pop("name", None), "arguments": data}, "data"),
             **{name: _made(kind, training[name], f"training.{name}") for name, kind in parts.items()},
             "hardware": _made(Hardware, config["hardware"], "hardware"),

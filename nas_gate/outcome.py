@@ -15,6 +15,7 @@ from nas_gate.pareto import hypervolume
 from nas_gate.prepare import Prepared
 from nas_gate.removal import Removed
 from nas_gate.settings import Leg, Plain, Settings
+from nas_gate.tasks import Metric, make_task
 from nas_gate.training import Epoch
 
 STAGES = {"dense": "dense", "gated": "gated", "landed": "landed", "finetuned": "fine-tuned"}
@@ -23,7 +24,7 @@ STAGES = {"dense": "dense", "gated": "gated", "landed": "landed", "finetuned": "
 
 @dataclass(frozen=True)
 class Stage:
-    """A network at one point of the trial: validation accuracy in [0, 1], MACs, parameters."""
+    """A network at one point of the trial: the task's metric on the validation split, MACs, parameters."""
 
     name: str
     accuracy: float
@@ -64,15 +65,23 @@ def figures(
     return {**result, "path": str(path)}
 
 
-def combined(results: Mapping[str, Plain]) -> dict[str, Any]:
+def named(figures: Plain, metric: str) -> dict[str, Any]:
+    """`figures` of an epoch or a candidate, with the metric's name in place of `accuracy` in their keys."""
+    return {key.replace("accuracy", metric): value for key, value in figures.items()}
+
+
+def combined(results: Mapping[str, Plain], metric: Metric) -> dict[str, Any]:
     """The results of a trial with several targets: those of the last candidate, and what they make together.
 
     `candidates` are the names of `results`, in order of targets; `hypervolume` is that of their points (accuracy,
-    share of the dense MACs), beyond no accuracy at the dense cost: at most 1.
+    share of the dense MACs), beyond no accuracy at the dense cost: at most 1. An error, where less is better, has no
+    such reference point, and no hypervolume is given.
     """
-    points = [(result["accuracy"], result["macs_ratio"]) for result in results.values()]
-    volume = hypervolume(points, reference=(0.0, 1.0), maximise=(True, False))
-    return {**list(results.values())[-1], "candidates": list(results), "hypervolume": volume}
+    together = {**list(results.values())[-1], "candidates": list(results)}
+    if not metric.higher_is_better:
+        return together
+    points = [(result[metric.name], result["macs_ratio"]) for result in results.values()]
+    return {**together, "hypervolume": hypervolume(points, reference=(0.0, 1.0), maximise=(True, False))}
 
 
 def announce(settings: Settings, prepared: Prepared, console: Console) -> None:
@@ -98,11 +107,12 @@ def announce_leg(settings: Settings, leg: Leg, console: Console) -> None:
     )
 
 
-def tell(result: Plain, console: Console) -> None:
+def tell(result: Plain, metric: Metric, console: Console) -> None:
     """One line about a finished candidate."""
     _print(
         console,
-        f"target {result['target']}: accuracy {result['accuracy']:.2%}, {millions(result['macs'])} MACs, "
+        f"target {result['target']}: {metric.label} {metric.show(result[metric.name])}, "
+        f"{millions(result['macs'])} MACs, "
         f"{millions(result['params'])} parameters, {result['achieved']:.4f} of the dense {result['metric']}",
     )
 
@@ -112,25 +122,26 @@ def report(settings: Settings, result: Plain, candidates: Sequence[Plain], conso
 
     A row per stage of the trial's only candidate, or one per candidate where `targets` asked for several.
     """
-    table = Table("", "accuracy", "MACs", "params", f"share of {result['metric']}", title="validation")
+    metric = make_task(settings.task.name, **settings.task.arguments).metric
+    table = Table("", metric.label, "MACs", "params", f"share of {result['metric']}", title="validation")
     if settings.targets is None:
-        rows = [(label, result, stage) for stage, label in STAGES.items() if f"{stage}_accuracy" in result]
+        rows = [(label, result, stage) for stage, label in STAGES.items() if f"{stage}_macs" in result]
     else:
         rows = [("dense", result, "dense"), *((f"target {c['target']}", c, "finetuned") for c in candidates)]
     for label, of, stage in rows:
         share = of[f"{stage}_{of['metric']}"] / of[f"dense_{of['metric']}"]
         counts = (millions(of[f"{stage}_macs"]), millions(of[f"{stage}_params"]))
-        table.add_row(label, f"{of[f'{stage}_accuracy']:.2%}", *counts, f"{share:.4f}")
+        table.add_row(label, metric.show(of[f"{stage}_{metric.name}"]), *counts, f"{share:.4f}")
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
     if settings.targets is None:
         _print(console, f"achieved {result['achieved']:.4f} of the dense {result['metric']}, asked {result['target']}")
-    else:
-        _print(console, f"hypervolume beyond (accuracy 0, dense MACs): {result['hypervolume']:.4f}")
-    if result["test_accuracy"] is not None:
-        tested = ", ".join(f"{c['test_accuracy']:.2%}" for c in candidates)
-        _print(console, f"test accuracy, measured once: {tested}")
+    elif metric.higher_is_better:
+        _print(console, f"hypervolume beyond ({metric.label} 0, dense MACs): {result['hypervolume']:.4f}")
+    if result[f"test_{metric.name}"] is not None:
+        tested = ", ".join(metric.show(c[f"test_{metric.name}"]) for c in candidates)
+        _print(console, f"test {metric.label}, measured once: {tested}")
     _print(console, f"largest relative error of the removal: {max(c['max_relative_error'] for c in candidates):.1e}")
     for candidate in candidates:
         _print(console, f"candidate: {candidate['path']}")

@@ -20,7 +20,8 @@ from nas_gate.gates import make_gate
 from nas_gate.gating import GatedModel
 from nas_gate.landing import choose, reachable
 from nas_gate.settings import Plain, Settings
-from nas_gate.training import Loader, connect, place, seed_everything
+from nas_gate.tasks import Task, make_task
+from nas_gate.training import Loader, connect, output_of, place, seed_everything
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Prepared:
     """What a trial works with; `dense` and `gated.model` are two copies of the same untrained network."""
 
     fabric: Fabric
+    task: Task
     data: datasets.Data
     train: Loader
     validation: Loader
@@ -43,6 +45,7 @@ def prepare(settings: Settings) -> Prepared:
     """Load, build and check everything, so that whatever can be refused is refused before any training."""
     with refusing():
         fabric = connect(settings.hardware)
+        task = make_task(settings.task.name, **settings.task.arguments)
         data = load_data(settings)
         dense, model_arguments = seeded_model(settings, data.in_channels, data.num_classes)
         gate = make_gate(settings.gate.name, **settings.gate.arguments)
@@ -50,12 +53,14 @@ def prepare(settings: Settings) -> Prepared:
         gated = attach(dense.eval(), example_input((data.in_channels, *data.image_size)), gate=gate)
         lowest = reachable(gated.structure, settings.metric, settings.round_to)[0]
         decide(settings, gated, settings.legs()[-1].target)  # refuses what is out of reach
+        try_task(task, dense, data)
     train, validation, test = (
         loader.to(fabric.device).shard(fabric.global_rank, fabric.world_size)
         for loader in (data.train, data.validation, data.test)
     )
     return Prepared(
         fabric=fabric,
+        task=task,
         data=data,
         train=train,
         validation=validation,
@@ -75,6 +80,21 @@ def decide(settings: Settings, gated: GatedModel, target: float) -> Tensor:
     else:
         scores = baselines.score(settings.method, gated.structure, gated.model, settings.seed)
     return choose(gated.structure, scores, target, settings.metric, settings.round_to)
+
+
+def try_task(task: Task, model: nn.Module, data: datasets.Data) -> None:
+    """Take loss and metric of two examples: ValueError where model, data and task do not fit together."""
+    inputs, targets = (each[:2] for each in next(iter(data.validation)))
+    with torch.no_grad():
+        outputs = output_of(model(inputs))
+    try:
+        task.loss(0.0)(outputs, inputs, targets)
+        task.metric.count(outputs, targets)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"The task must fit the model's outputs {tuple(outputs.shape)} and the targets {tuple(targets.shape)} "
+            f"of {data.name}, but: {error}"
+        ) from error
 
 
 def load_data(settings: Settings) -> datasets.Data:

@@ -14,11 +14,11 @@ Plain = Mapping[str, Any]
 Compose = Callable[[Sequence[str]], Plain]
 """Overrides -> the configuration that they give, resolved."""
 
-GROUPS = ("model", "data", "gate", "budget", "training")
+GROUPS = ("model", "data", "task", "gate", "budget", "training")
 TRAINING = ("dense", "cycle", "gating", "distillation")
 """Keys of settings that the configuration keeps under `training`."""
 
-MANDATORY = {"model=custom": ["model.name=any"]}
+MANDATORY = {"model=custom": ["model.name=any"], "task=custom": ["task.name=any"]}
 """Choices that cannot be composed without a value, and a placeholder for it."""
 
 NOT_TEXT = ("null", "true", "false", "nan", "inf")
@@ -66,6 +66,7 @@ def configuration_of(settings: Plain) -> dict[str, Any]:
     """The part of the configuration that settings came from: the reverse of what the command line makes of it."""
     try:
         return {
+            "task": {"name": "classification", "arguments": {}},  # settings leave the default out
             **{key: value for key, value in settings.items() if key not in TRAINING},
             "data": {"name": settings["data"]["name"], **settings["data"]["arguments"]},
             "training": {key: settings[key] for key in TRAINING},

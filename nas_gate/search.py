@@ -33,11 +33,11 @@ from nas_gate import candidate
 from nas_gate.analysis import remove_with_proof
 from nas_gate.budgets import GateController
 from nas_gate.folders import file_name, held, read_json, refuse_other_settings, write_json
-from nas_gate.outcome import Stage, announce, announce_leg, combined, figures, report, tell
+from nas_gate.outcome import Stage, announce, announce_leg, combined, figures, named, report, tell
 from nas_gate.prepare import Prepared, decide, example_input, load_data, prepare, refusing, seeded_model
 from nas_gate.removal import Removed
 from nas_gate.settings import Distillation, Gating, Leg, Named, Plain, Settings, describe, versions
-from nas_gate.training import Controller, Epoch, classification, distilled, evaluate, fit, optimiser, place
+from nas_gate.training import Controller, Epoch, distilled, evaluate, fit, optimiser, place
 
 __all__ = [
     "Distillation",
@@ -57,7 +57,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a trial stands after an epoch of "gated" or "finetuned": validation accuracy, MACs at present."""
+    """Where a trial stands after an epoch of "gated" or "finetuned": validation accuracy, MACs at present.
+
+    In other tasks than classification `accuracy` is the task's metric, negative where less is better.
+    """
 
     stage: str
     epoch: int
@@ -83,13 +86,17 @@ class Trial:
 
     def measured(self, name: str, module: nn.Module, macs: float, params: float) -> Stage:
         """The stage `name`, with the validation accuracy of `module`."""
-        accuracy = evaluate(module, self.prepared.validation, fabric=self.prepared.fabric).accuracy
-        return Stage(name, accuracy, macs, params)
+        return Stage(name, validated(self.prepared, module), macs, params)
 
     def looking_on(self, stage: str, macs: Callable[[], float]) -> Callable[[Epoch], None] | None:
         """The hook for the epochs of a stage."""
-        hook = self.on_epoch
-        return None if hook is None else lambda entry: hook(Moment(stage, entry.epoch, entry.accuracy, macs()))
+        hook, sign = self.on_epoch, 1 if self.prepared.task.metric.higher_is_better else -1
+        return None if hook is None else lambda entry: hook(Moment(stage, entry.epoch, sign * entry.accuracy, macs()))
+
+
+def validated(prepared: Prepared, module: nn.Module) -> float:
+    """The task's metric on the validation split."""
+    return evaluate(module, prepared.validation, fabric=prepared.fabric, task=prepared.task).accuracy
 
 
 def search(
@@ -106,7 +113,8 @@ def search(
     (validation, last epoch), `test_accuracy` (None if not asked for), `macs`, `params`, `macs_ratio` and
     `params_ratio` to the dense ones, `achieved` and `target` (in `metric`), `max_relative_error` of the
     removal, `<stage>_accuracy`, `<stage>_macs` and `<stage>_params` of the stages dense, gated (not in baselines),
-    landed and finetuned, `seconds_<stage>` of training, and `path`, the candidate's folder. `on_epoch` looks on.
+    landed and finetuned, `seconds_<stage>` of training, and `path`, the candidate's folder. `on_epoch` looks on. In
+    other tasks than classification the metric's name stands for `accuracy` in all of these.
 
     With `settings.targets` each candidate has these files in its own folder, `target-0.5` (say) below `run_dir`. The
     results returned are then those of the last target, with the folders' names in `candidates` and the `hypervolume`
@@ -135,7 +143,7 @@ def search(
         if console is not None:
             announce(settings, prepared, console)
         history = train_dense(settings, prepared, cache_dir, console)
-        accuracy = evaluate(prepared.dense, prepared.validation, fabric=fabric).accuracy
+        accuracy = validated(prepared, prepared.dense)
         dense = Stage("dense", accuracy, gated.cost.total("macs"), gated.cost.total("params"))
         gated.model.load_state_dict(prepared.dense.state_dict())
         trial = Trial(settings, prepared, run_dir, dense, history, console, on_epoch)
@@ -145,7 +153,7 @@ def search(
         else:
             found = {f"target-{leg.target}": leg for leg in settings.legs()}
             results = {name: find(trial, leg, run_dir / name) for name, leg in found.items()}
-            result, candidates = combined(results), list(results.values())
+            result, candidates = combined(results, prepared.task.metric), list(results.values())
             if fabric.is_global_zero:
                 write_json(result_file, result)
         if fabric.is_global_zero:
@@ -178,17 +186,21 @@ def find(trial: Trial, leg: Leg, folder: Path) -> dict[str, Any]:
         stages.append(trial.measured("landed", removed.model, removed.macs, removed.params))
         histories["finetuned"] = fine_tune(trial, leg, removed, folder / "finetuned.pt")
         stages.append(trial.measured("finetuned", removed.model, removed.macs, removed.params))
-        test = evaluate(removed.model, prepared.test, fabric=fabric).accuracy if settings.test else None
-        result = figures(settings, leg, stages, histories, removed, test, folder / "candidate")
+        test = None
+        if settings.test:
+            test = evaluate(removed.model, prepared.test, fabric=fabric, task=prepared.task).accuracy
+        name = prepared.task.metric.name
+        result = named(figures(settings, leg, stages, histories, removed, test, folder / "candidate"), name)
         if fabric.is_global_zero:
             _save(settings, prepared, removed, result)
-            write_json(folder / "history.json", {k: [asdict(e) for e in v] for k, v in histories.items()})
+            history = {k: [named(asdict(e), name) for e in v] for k, v in histories.items()}
+            write_json(folder / "history.json", history)
             write_json(folder / "result.json", result)
         fabric.barrier()
     if fabric.is_global_zero:
         (folder / "finetuned.pt").unlink(missing_ok=True)  # the candidate holds the weights now
     if console is not None and several:
-        tell(result, console)
+        tell(result, prepared.task.metric, console)
     return result
 
 
@@ -206,6 +218,7 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
         "seed": settings.seed,
         "precision": settings.hardware.precision,
         "versions": versions(),
+        **{key: value for key, value in describe(settings).items() if key == "task"},
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder = cache_dir / f"{file_name(settings.model.name)}-{file_name(settings.data.name)}-{digest}"
@@ -219,7 +232,8 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
             fabric=prepared.fabric,
             optimisers=[optimiser(prepared.dense.parameters(), settings.dense)],
             schedule=settings.dense.schedule_function(),
-            objective=classification(settings.dense.label_smoothing),
+            objective=prepared.task.loss(settings.dense.label_smoothing),
+            task=prepared.task,
             epochs=range(settings.dense.epochs),
             seed=settings.seed,
             clip_norm=settings.dense.clip_norm,
@@ -252,7 +266,8 @@ def train_gated(trial: Trial, leg: Leg) -> list[Epoch]:
         fabric=prepared.fabric,
         optimisers=[weights, gates],
         schedule=settings.cycle.schedule_function(),
-        objective=classification(settings.cycle.label_smoothing),
+        objective=prepared.task.loss(settings.cycle.label_smoothing),
+        task=prepared.task,
         epochs=range(leg.end),
         seed=settings.seed,
         controller=controller,
@@ -267,9 +282,9 @@ def train_gated(trial: Trial, leg: Leg) -> list[Epoch]:
 def fine_tune(trial: Trial, leg: Leg, removed: Removed, checkpoint: Path) -> list[Epoch]:
     """Train the small network over the rest of the cycle, distilling from the dense one if asked to."""
     settings, prepared = trial.settings, trial.prepared
-    objective = classification(settings.cycle.label_smoothing)
+    objective = prepared.task.loss(settings.cycle.label_smoothing)
     if settings.distillation.weight > 0:
-        objective = distilled(objective, prepared.dense, **asdict(settings.distillation))
+        objective = distilled(prepared.task, objective, prepared.dense, **asdict(settings.distillation))
     return fit(
         removed.model,
         prepared.train,
@@ -278,6 +293,7 @@ def fine_tune(trial: Trial, leg: Leg, removed: Removed, checkpoint: Path) -> lis
         optimisers=[optimiser(removed.model.parameters(), settings.cycle)],
         schedule=settings.cycle.schedule_function(),
         objective=objective,
+        task=prepared.task,
         epochs=range(leg.end, settings.cycle.epochs),
         seed=settings.seed,
         clip_norm=settings.cycle.clip_norm,

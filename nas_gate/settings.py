@@ -20,6 +20,9 @@ METHODS = ("gates", *BASELINES)
 
 TARGET = 0.5
 
+DEFAULT_TASK: Plain = {"name": "classification", "arguments": {}}
+"""The default task, as JSON holds it."""
+
 
 @dataclass(frozen=True)
 class Named:
@@ -81,7 +84,8 @@ class Settings:
     `round_to` where they can be. `dense` trains the network with all units, `cycle` the gated and then the small one;
     the first `gating.epochs` of the cycle are the gated ones. `method` is one of METHODS; those without gates cut the
     dense network and train the small one over the whole cycle: as many epochs, on the same schedule. With `test`, a
-    candidate's accuracy on the test set is measured, once, at its last epoch.
+    candidate's accuracy on the test set is measured, once, at its last epoch. `task` says what is learned and measured
+    (see `nas_gate.tasks`).
     """
 
     model: Named
@@ -100,6 +104,7 @@ class Settings:
     round_to: int = 1
     seed: int = 0
     test: bool = True
+    task: Named = field(default_factory=lambda: Named(**DEFAULT_TASK))
 
     def __post_init__(self) -> None:
         require(self.method in METHODS, f"`method` must be one of {METHODS}", self.method)
@@ -146,8 +151,10 @@ class Settings:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """`settings` as JSON holds them."""
+    """`settings` as JSON holds them; the default task is left out, as in runs from before there were others."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=str))
+    if plain["task"] == DEFAULT_TASK:
+        del plain["task"]
     return plain
 
 

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,9 +27,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from nas_gate.errors import Diverged
-
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits (N, classes), inputs (N, ...), targets (N,)) -> scalar loss."""
+from nas_gate.tasks import CLASSIFICATION, Metric, Objective, Task
 
 Schedule = Callable[[float], float]
 """Epochs done, fractions included -> factor on every optimiser's own learning rate."""
@@ -73,7 +70,7 @@ class Controller(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Top-1 accuracy in [0, 1] and mean cross-entropy over `examples` examples."""
+    """The task's metric (in classification top-1 accuracy in [0, 1]) and mean loss over `examples` examples."""
 
     accuracy: float
     loss: float
@@ -82,7 +79,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of a history; `seconds` is wall time, `figures` come from the controller."""
+    """One line of a history; `seconds` is wall time, `figures` come from the controller.
+
+    `train_accuracy` and `accuracy` (validation) are the task's metric.
+    """
 
     epoch: int
     loss: float
@@ -248,33 +248,31 @@ def optimiser(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimizer:
 # --- objectives ---------------------------------------------------------------------------------------------
 
 
-def classification(label_smoothing: float = 0.0) -> Objective:
-    """Mean cross-entropy with label smoothing."""
-    return lambda logits, inputs, targets: F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+def distilled(task: Task, objective: Objective, teacher: nn.Module, *, weight: float, temperature: float) -> Objective:
+    """(1 - weight) objective + weight * the task's distance to the teacher's outputs.
 
-
-def distilled(task: Objective, teacher: nn.Module, *, weight: float, temperature: float) -> Objective:
-    """(1 - weight) task + weight T^2 KL(teacher || student), both softened by T = `temperature`.
-
-    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2. The
-    teacher must lie on the device of the inputs; it is put in eval mode here and gets no gradient.
+    The teacher must lie on the device of the inputs; it is put in eval mode here and gets no gradient.
     """
     teacher.eval()
 
-    def objective(logits: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    def both(outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = logits_of(teacher(inputs)).float() / temperature
-        given = F.log_softmax(logits.float() / temperature, dim=-1)
-        soft = F.kl_div(given, F.log_softmax(wanted, dim=-1), reduction="batchmean", log_target=True)
-        return (1 - weight) * task(logits, inputs, targets) + weight * temperature**2 * soft
+            wanted = output_of(teacher(inputs))
+        distance = task.imitation(outputs, wanted, temperature)
+        return (1 - weight) * objective(outputs, inputs, targets) + weight * distance
 
-    return objective
+    return both
 
 
-def logits_of(output: Any) -> Tensor:
-    """A classifier's logits, also where they come first in a tuple (Inception and GoogLeNet in training)."""
-    logits: Tensor = output if isinstance(output, Tensor) else output[0]
-    return logits
+def output_of(returned: Any) -> Tensor:
+    """A network's output, also where it comes first in a tuple or a mapping, before those of auxiliary heads.
+
+    So do Inception and GoogLeNet in training, and torchvision's segmentation networks.
+    """
+    if isinstance(returned, Mapping):
+        returned = tuple(returned.values())
+    output: Tensor = returned if isinstance(returned, Tensor) else returned[0]
+    return output
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------
@@ -337,6 +335,7 @@ def fit(
     schedule: Schedule,
     objective: Objective,
     epochs: range,
+    task: Task = CLASSIFICATION,
     seed: int = 0,
     controller: Controller | None = None,
     clip_norm: float = 0.0,
@@ -369,15 +368,15 @@ def fit(
             controller.load_state_dict(stored["controller"])
     rates = [[group.setdefault("initial_lr", group["lr"]) for group in made.param_groups] for made in optimisers]
 
-    with _Display(console if fabric.is_global_zero else None, label, epochs, len(train), history) as display:
+    console = console if fabric.is_global_zero else None
+    with _Display(console, label, epochs, len(train), history, task.metric) as display:
         for epoch in epochs[len(history) :]:
             began = time.monotonic()
             seed_everything(seed, epoch, fabric.global_rank)
             train.set_epoch(epoch)
             wrapped.train()
             losses: list[Tensor] = []
-            correct = torch.zeros((), dtype=torch.int64, device=fabric.device)
-            examples = 0
+            counts = torch.zeros((), dtype=torch.float64, device=fabric.device)
             for step, batch in enumerate(train):
                 inputs, targets = fabric.to_device(batch)
                 moment = epoch + step / len(train)
@@ -386,9 +385,9 @@ def fit(
                         group["lr"] = rate * schedule(moment)
                 if controller is not None:
                     controller.before_step(moment)
-                logits = logits_of(wrapped(inputs))
+                outputs = output_of(wrapped(inputs))
                 with fabric.autocast():
-                    loss = objective(logits, inputs, targets)
+                    loss = objective(outputs, inputs, targets)
                 if controller is not None:
                     loss = loss + controller.loss()
                 fabric.backward(loss)
@@ -400,21 +399,19 @@ def fit(
                 if controller is not None:
                     controller.after_step()
                 losses.append(loss.detach())
-                correct += (logits.detach().argmax(dim=-1) == targets).sum()
-                examples += len(targets)
+                counts = counts + task.metric.count(outputs.detach(), targets)
                 if (step + 1) % STEPS_BETWEEN_CHECKS == 0:
                     _require_finite_losses(losses, epoch, fabric, checkpoint)
                 display.step()
             _require_finite_losses(losses, epoch, fabric, checkpoint)
             _share_buffers(module, fabric)
             _require_finite_weights(module, epoch, checkpoint)
-            totals = _sum(torch.stack([correct, correct.new_tensor(examples)]).double(), fabric)
             history.append(
                 Epoch(
                     epoch=epoch,
                     loss=float(torch.stack(losses).double().mean()),
-                    train_accuracy=float(totals[0] / totals[1]),
-                    accuracy=evaluate(module, validation, fabric=fabric).accuracy,
+                    train_accuracy=task.metric.value(_sum(counts, fabric)),
+                    accuracy=evaluate(module, validation, fabric=fabric, task=task).accuracy,
                     seconds=time.monotonic() - began,
                     figures=controller.figures() if controller is not None else {},
                 )
@@ -439,27 +436,29 @@ def fit(
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, loader: Loader, *, fabric: Fabric) -> Evaluation:
-    """Top-1 accuracy and mean cross-entropy of `module` in eval mode; its mode is put back afterwards.
+def evaluate(module: nn.Module, loader: Loader, *, fabric: Fabric, task: Task = CLASSIFICATION) -> Evaluation:
+    """The metric and the mean loss of `module` in eval mode at a task; its mode is put back afterwards.
 
     Under a distributed strategy the examples of every process's loader are counted together.
     """
     was_training = module.training
     module.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=fabric.device)
+    objective = task.loss(0.0)
+    counts, totals = torch.zeros((), device=fabric.device).double(), torch.zeros(2, device=fabric.device).double()
     loader.set_epoch(0)
     for batch in loader:
         inputs, targets = fabric.to_device(batch)
         with fabric.autocast():
-            logits = logits_of(module(inputs))
-        logits = logits.float()
-        totals[0] += (logits.argmax(dim=-1) == targets).sum()
-        totals[1] += F.cross_entropy(logits, targets, reduction="sum")
-        totals[2] += len(targets)
+            outputs = output_of(module(inputs))
+        outputs = outputs.float()
+        counts = counts + task.metric.count(outputs, targets)
+        totals[0] += len(targets) * objective(outputs, inputs, targets)
+        totals[1] += len(targets)
     module.train(was_training)
-    correct, loss, examples = _sum(totals, fabric).tolist()
+    loss, examples = _sum(totals, fabric).tolist()
     require(examples > 0, "`evaluate` needs at least one example", examples)
-    return Evaluation(accuracy=correct / examples, loss=loss / examples, examples=int(examples))
+    value = task.metric.value(_sum(counts, fabric))
+    return Evaluation(accuracy=value, loss=loss / examples, examples=int(examples))
 
 
 def _sum(totals: Tensor, fabric: Fabric) -> Tensor:
@@ -498,9 +497,16 @@ class _Display:
     """A bar on a terminal, one line per epoch elsewhere, nothing without a console."""
 
     def __init__(
-        self, console: Console | None, label: str, epochs: range, steps: int, history: Sequence[Epoch]
+        self,
+        console: Console | None,
+        label: str,
+        epochs: range,
+        steps: int,
+        history: Sequence[Epoch],
+        metric: Metric,
     ) -> None:
         self._console = console
+        self._metric = metric
         self._label = label
         self._epochs = epochs
         self._bar: Progress | None = None
@@ -519,7 +525,7 @@ class _Display:
                 completed=len(history) * steps,
                 epoch=len(history),
                 epochs=len(epochs),
-                status=_status(history[-1]) if history else "",
+                status=self._status(history[-1]) if history else "",
             )
 
     def __enter__(self) -> _Display:
@@ -538,15 +544,14 @@ class _Display:
     def epoch(self, entry: Epoch) -> None:
         done = self._epochs.index(entry.epoch) + 1
         if self._bar is not None:
-            self._bar.update(self._task, epoch=done, status=_status(entry))
+            self._bar.update(self._task, epoch=done, status=self._status(entry))
         elif self._console is not None:
             left = (len(self._epochs) - done) * entry.seconds
-            line = f"{self._label:<12} epoch {done}/{len(self._epochs)}  {_status(entry)}  {left:.0f} s left"
+            line = f"{self._label:<12} epoch {done}/{len(self._epochs)}  {self._status(entry)}  {left:.0f} s left"
             self._console.print(line, soft_wrap=True, highlight=False)
 
-
-def _status(entry: Epoch) -> str:
-    cost = ""
-    if {"cost", "target"} <= entry.figures.keys():
-        cost = f"  cost {entry.figures['cost']:.3f} for {entry.figures['target']:.3f}"
-    return f"loss {entry.loss:.3f}  accuracy {entry.accuracy:.2%}{cost}"
+    def _status(self, entry: Epoch) -> str:
+        cost = ""
+        if {"cost", "target"} <= entry.figures.keys():
+            cost = f"  cost {entry.figures['cost']:.3f} for {entry.figures['target']:.3f}"
+        return f"loss {entry.loss:.3f}  {self._metric.label} {self._metric.show(entry.accuracy)}{cost}"

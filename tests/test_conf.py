@@ -16,7 +16,10 @@ GROUPS = {
     if folder.is_dir() and folder.name != "hydra"
 }
 GROUPS["sweep"] = sorted(file.stem for file in sweeps_dir().glob("*.yaml"))
-NEEDED = {"custom": ["model.name=test_conf:small"]}  # values that a file leaves to its user
+NEEDED = {
+    ("model", "custom"): ["model.name=test_conf:small"],
+    ("task", "custom"): ["task.name=test_tasks:counting"],
+}  # values that a file leaves to its user
 
 
 def small(num_classes: int, in_channels: int):
@@ -25,7 +28,7 @@ def small(num_classes: int, in_channels: int):
 
 def chosen(group: str, name: str) -> list[str]:
     absent = "+" if group == "sweep" else ""  # a study is no part of a single search
-    return [f"{absent}{group}={name}", *NEEDED.get(name, [])]
+    return [f"{absent}{group}={name}", *NEEDED.get((group, name), [])]
 
 
 @pytest.mark.parametrize(("group", "name"), [(g, name) for g, names in GROUPS.items() for name in names])
@@ -35,7 +38,7 @@ def test_every_file_composes_to_settings(group: str, name: str):
 
 
 def test_the_groups():
-    assert set(GROUPS) - {"sweep"} == {"budget", "data", "experiment", "gate", "model", "training"}
+    assert set(GROUPS) - {"sweep"} == {"budget", "data", "experiment", "gate", "model", "task", "training"}
 
 
 @pytest.mark.parametrize("name", GROUPS["model"])
@@ -51,8 +54,8 @@ def test_every_model_file_builds(name: str, monkeypatch: pytest.MonkeyPatch):
 def test_every_data_file_names_arguments_that_its_set_takes(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("NAS_GATE_DATA", raising=False)
     settings = settings_of(composed(chosen("data", name)))
-    if name == "digits":
-        assert search.load_data(settings).image_size == (8, 8)
+    if name in ("digits", "shapes"):
+        assert search.load_data(settings).image_size == {"digits": (8, 8), "shapes": (32, 32)}[name]
     else:  # all arguments are checked before the missing data is
         with pytest.raises((FileNotFoundError, ValueError), match="root"):
             search.load_data(settings)

@@ -364,7 +364,7 @@ def test_load_errors(name, arguments, rule):
         load(name, **arguments)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "digits"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("digits", "shapes")])
 def test_missing_root_says_how_to_set_it(name, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"data\.root=.*NAS_GATE_DATA"):
         load(name)
@@ -461,6 +461,38 @@ def test_npz_floating_channels_first(tmp_path, dtype):
     torch.testing.assert_close(read_back(d), torch.from_numpy(x["x_test"].astype(np.float32)), rtol=0, atol=1e-5)
 
 
+def test_npz_with_a_class_per_pixel(tmp_path):
+    y = {key: np.arange(n * 30).reshape(n, 6, 5) % 3 for key, n in (("y_train", 40), ("y_test", 8))}
+    y["y_train"][0, 0, 0] = y["y_test"][0, 0, 0] = 255  # of no class
+    d = load("npz", path=str(saved(tmp_path, **y)), batch_size=6, validation=0.2)
+    assert (d.num_classes, d.sizes) == (3, {"train": 32, "validation": 8, "test": 8})
+    assert torch.equal(torch.cat([y for _, y in d.test]), torch.from_numpy(y["y_test"]))
+    with pytest.raises(ValueError, match=r"augment\.flip` must be .* but got 0 and True with .*\(36, 6, 5\)"):
+        load("npz", path=str(tmp_path / "set.npz"), batch_size=6, augment={"flip": True})
+    assert load("npz", path=str(tmp_path / "set.npz"), batch_size=6, augment={"cutout": 2}).train.augment.cutout == 2
+
+
+def test_npz_with_values(tmp_path):
+    y = {key: np.random.default_rng(0).normal(size=(n, 2)) for key, n in (("y_train", 40), ("y_test", 8))}
+    d = load("npz", path=str(saved(tmp_path, **y)), batch_size=6)
+    assert d.num_classes is None
+    assert torch.equal(torch.cat([y for _, y in d.test]), torch.from_numpy(y["y_test"]).float())
+    with pytest.raises(ValueError, match="y_train is floating, so that num_classes must be null, but it is 3"):
+        load("npz", path=str(tmp_path / "set.npz"), num_classes=3)
+
+
+def test_shapes_have_the_classes_that_they_show():
+    d = load("shapes", batch_size=32)
+    assert (d.num_classes, d.in_channels, d.image_size) == (4, 3, (32, 32))
+    assert d.train.y.unique().tolist() == [0, 1, 2, 3]
+    assert d.train.x.shape == (*d.train.y.shape[:1], 3, 32, 32)
+    light = d.train.x.float().mean(1)
+    assert light[d.train.y == 0].mean() == pytest.approx(100, abs=1)  # the background's
+    assert light[d.train.y > 0].mean() > 150
+    assert not torch.equal(d.train.x[:100], d.test.x[:100])
+    assert load("shapes", batch_size=32).fingerprint == d.fingerprint
+
+
 def test_npz_root_by_environment(tmp_path, monkeypatch):
     saved(tmp_path)
     monkeypatch.setenv("NAS_GATE_DATA", str(tmp_path))
@@ -490,8 +522,16 @@ F32 = np.float32
         ({"y_train": np.arange(40) % 4 - 1}, "labels in y_train must be >= 0, but one is -1"),
         ({"y_train": np.arange(40) % 4 + 1}, "each at least once, but there are 4 different ones in 1 .. 4"),
         ({"y_test": np.arange(8)}, "labels in y_test must be in 0 .. 3, but one is 7"),
-        ({"y_train": np.arange(40) / 4}, "y_train must be integers of shape N, but got float64"),
-        ({"y_train": np.arange(40)[:, None] % 4}, r"y_train must be integers of shape N, .*\(40, 1\)"),
+        ({"y_train": np.arange(40) / 4}, r"y_train and y_test must agree .*float32 and \(\) torch\.int64"),
+        ({"y_train": np.arange(40)[:, None] % 4}, r"y_train must be integers of shape N or N x H x W, .*\(40, 1\)"),
+        (
+            {"y_train": np.array(["a"] * 40)},
+            "y_train must be integers of shape N or N x H x W, or floating, but got <U1",
+        ),
+        ({"y_train": np.full(40, np.nan)}, "the values in y_train must be finite"),
+        ({"y_train": np.zeros((40, 5, 6), int)}, r"must have the height and width of the images, \(6, 5\), but has"),
+        ({"y_train": np.full((40, 6, 5), 255), "y_test": np.zeros((8, 6, 5), int)}, "all its pixels are 255"),
+        ({"y_train": np.zeros((40, 6, 5), int), "y_test": np.ones((8, 6, 5), int)}, "must be in 0 .. 0, but one is 1"),
         ({"x_train": np.zeros((40, 6, 5, 3), np.int64)}, "x_train must be uint8 .* but got int64"),
         (
             {"x_train": np.zeros((40, 6, 5), F32)},
@@ -750,7 +790,7 @@ def test_configuration_is_keywords_of_load(name, monkeypatch):
     general = {"name", "root", "batch_size", "validation", "augment", "download", "workers"}
     assert plain.keys() <= general | set(own.reading + own.streaming)
     assert type(own.augment)(**plain["augment"]) == own.augment
-    if name != "digits":
+    if name not in ("digits", "shapes"):
         assert plain["root"] is None
         monkeypatch.setenv("NAS_GATE_DATA", "/some/where")
         assert values.root == "/some/where"

@@ -9,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "nas_gate"
 LAYERS: dict[str, set[str]] = {name: set() for name in ("errors", "gates", "structure", "models", "data", "pareto")}
+LAYERS["tasks"] = set()
+LAYERS["data"] = {"tasks"}
 LAYERS["cost"] = {"structure"}
 LAYERS["gating"] = {"cost", "gates", "structure"}
 LAYERS["landing"] = {"cost", "structure"}
@@ -16,13 +18,13 @@ LAYERS["removal"] = {"cost", "gating", "structure"}
 LAYERS["inspect"] = {"cost", "structure"}
 LAYERS["candidate"] = {"models", "removal", "structure"}
 LAYERS["analysis"] = {"cost", "gates", "gating", "landing", "removal", "structure"}
-LAYERS["training"] = {"data", "errors"}
+LAYERS["training"] = {"data", "errors", "tasks"}
 LAYERS["baselines"] = {"gating", "structure"}
 LAYERS["settings"] = {"baselines", "cost", "errors", "training"}
 LAYERS["budgets"] = {"gating", "settings", "training"}
 LAYERS["folders"] = {"errors", "settings", "training"}
 LAYERS["prepare"] = {*LAYERS} - {"candidate", "folders", "inspect", "pareto"}
-LAYERS["outcome"] = {"models", "pareto", "prepare", "removal", "settings", "training"}
+LAYERS["outcome"] = {"models", "pareto", "prepare", "removal", "settings", "tasks", "training"}
 LAYERS["search"] = {*LAYERS}
 LAYERS["selection"] = {"candidate", "pareto"}
 LAYERS["plots"] = {"pareto"}

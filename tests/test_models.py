@@ -145,6 +145,14 @@ def test_digits_cnn_figures() -> None:
     assert (macs(model, 1, 1, 8, 8), numel(model)) == total([*layers, linear(96, 10)])
 
 
+def test_shapes_fcn_figures() -> None:
+    layers = [conv(3, 3, 16, 32), conv(3, 16, 32, 16), conv(3, 32, 32, 16), conv(3, 32, 64, 8), conv(3, 64, 64, 8)]
+    model = on_meta("shapes_fcn")
+    classifier = (64 * 4 * 8 * 8, 64 * 4 + 4)
+    assert (macs(model, 1, 3, 32, 32), numel(model)) == total([*layers, classifier])
+    assert models.build("shapes_fcn", num_classes=7, in_channels=1)(torch.zeros(2, 1, 8, 12)).shape == (2, 7, 8, 12)
+
+
 @pytest.mark.parametrize("name", CIFAR_NAMES)
 def test_cifar_networks_take_classes_channels_and_train(name: str) -> None:
     model = models.build(name, num_classes=7, in_channels=2)
@@ -235,7 +243,7 @@ def test_zero_pad_shortcut_exports_with_a_free_batch_size() -> None:
 def test_names() -> None:
     names = models.names()
     assert names == sorted(set(names))
-    assert set(zoo.list_models(module=zoo)) | set(CIFAR_NAMES) | {"digits_cnn"} == set(names)
+    assert set(zoo.list_models(module=zoo)) | set(CIFAR_NAMES) | {"digits_cnn", "shapes_fcn"} == set(names)
     for name in names:
         assert models.accepts(name, "num_classes")
         assert models.accepts(name, "in_channels")
@@ -552,4 +560,4 @@ def test_shipped_config(path: Path) -> None:
 
 
 def test_every_own_network_has_a_config() -> None:
-    assert {p.stem for p in CONF.glob("*.yaml")} == {*CIFAR_NAMES, "digits_cnn", "torchvision", "custom"}
+    assert {p.stem for p in CONF.glob("*.yaml")} == {*CIFAR_NAMES, "digits_cnn", "shapes_fcn", "torchvision", "custom"}

@@ -54,6 +54,7 @@ def test_composing_the_overrides_gives_the_settings_back(
 def test_every_shipped_file_is_its_own_shortest_command(shipped: Shipped, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("NAS_GATE_DATA", raising=False)
     default = {"model": "digits_cnn", "data": "digits", "gate": "trainable", "budget": "penalty", "training": "default"}
+    default["task"] = "classification"
     for group, choices in shipped.choices.items():
         assert default[group] in choices
         for choice in choices.keys() - {"custom", default[group]}:

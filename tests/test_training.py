@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from nas_gate import training
+from nas_gate import tasks, training
 from nas_gate.data.loaders import TensorLoader
 from nas_gate.errors import Diverged
 from nas_gate.training import Hardware, Recipe, connect, fit
@@ -30,7 +30,8 @@ PROBLEM = textwrap.dedent(
     from torch import nn
     from nas_gate.data.loaders import TensorLoader
     from nas_gate.training import (
-        Hardware, Recipe, classification, connect, fit, optimiser, read_checkpoint, seed_everything)
+        Hardware, Recipe, connect, fit, optimiser, read_checkpoint, seed_everything)
+    from nas_gate.tasks import cross_entropy
 
     RECIPE = Recipe(epochs=4, learning_rate=0.05, momentum=0.9)
 
@@ -67,7 +68,7 @@ PROBLEM = textwrap.dedent(
 
     def train(module, checkpoint=None, *, epochs=range(4), controller=None, fabric=None, data=None, **more):
         fabric = fabric or connect(Hardware(accelerator="cpu"))
-        given = dict(objective=classification(0.1), schedule=RECIPE.schedule_function())
+        given = dict(objective=cross_entropy(0.1), schedule=RECIPE.schedule_function())
         data = data or loader()
         made = optimiser(module.parameters(), RECIPE)
         return fit(module, data, loader(False), fabric=fabric, optimisers=[made], epochs=epochs,
@@ -133,7 +134,7 @@ def test_distillation_is_hintons_formula():
     teacher, x = nn.Linear(4, 3), torch.randn(5, 4)
     teacher.train()
     logits, y = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 1, 2, 0, 1])
-    objective = training.distilled(training.classification(), teacher, weight=0.25, temperature=2.0)
+    objective = training.distilled(tasks.CLASSIFICATION, tasks.cross_entropy(), teacher, weight=0.25, temperature=2.0)
     p, q = (teacher(x) / 2).softmax(-1), (logits / 2).softmax(-1)
     by_hand = 0.75 * F.nll_loss(logits.log_softmax(-1), y) + 0.25 * 4 * (p * (p / q).log()).sum() / 5
     loss = objective(logits, x, y)
@@ -143,10 +144,11 @@ def test_distillation_is_hintons_formula():
     assert not teacher.training
 
 
-def test_logits_come_first_in_a_tuple():
+def test_outputs_come_first_in_a_tuple_and_in_a_mapping():
     logits = torch.zeros(2, 3)
-    assert training.logits_of(logits) is logits
-    assert training.logits_of((logits, torch.ones(2, 3))) is logits
+    assert training.output_of(logits) is logits
+    assert training.output_of((logits, torch.ones(2, 3))) is logits
+    assert training.output_of({"out": logits, "aux": torch.ones(2, 3)}) is logits
 
 
 # --- evaluate ---
@@ -200,7 +202,7 @@ def test_every_optimiser_follows_the_schedule_from_its_own_rate():
         fabric=connect(CPU),
         optimisers=[weights, others],
         schedule=lambda epoch: 0.5,
-        objective=training.classification(),
+        objective=tasks.cross_entropy(),
         epochs=range(1),
     )
     assert [group["lr"] for made in (weights, others) for group in made.param_groups] == [0.25, 0.05, 0.005]

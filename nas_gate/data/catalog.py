@@ -31,7 +31,7 @@ class Data:
         train: shuffled and augmented; a smaller last batch is left out (batch norm fails on one image).
         validation: held out of the training part; neither shuffled nor augmented.
         test: neither shuffled nor augmented.
-        num_classes: labels are 0 .. num_classes - 1.
+        num_classes: labels are 0 .. num_classes - 1; None where targets are no classes.
         in_channels: channels of an image.
         image_size: (h, w), pixels.
         name: as in `NAMES`.
@@ -43,7 +43,7 @@ class Data:
     train: Loader
     validation: Loader
     test: Loader
-    num_classes: int
+    num_classes: int | None
     in_channels: int
     image_size: tuple[int, int]
     name: str
@@ -72,6 +72,7 @@ NAMES: Mapping[str, Source] = {
     "svhn": Source(sources.torchvision_set("SVHN", 10), Augment(crop=4)),
     "image_folder": Source(sources.image_folder, StreamAugment(), streaming=_SIZES),
     "imagenet": Source(sources.imagenet, StreamAugment(), streaming=_SIZES),
+    "shapes": Source(sources.shapes, Augment()),
     "npz": Source(sources.npz, Augment(), reading=("path", "num_classes")),
 }
 
@@ -92,9 +93,9 @@ def load(
 
     Args:
         name: one of `NAMES`.
-        root: folder of the data; None for the environment variable NAS_GATE_DATA. Digits need none.
+        root: folder of the data; None for the environment variable NAS_GATE_DATA. Digits and shapes need none.
         batch_size: images per step, over all ranks.
-        validation: share of the training part that is held out, of every class alike; in (0, 1).
+        validation: share of the training part that is held out, of every class of images alike; in (0, 1).
         seed: of the held-out split, the order and the augmentation. The test part does not depend on it.
         augment: "default" for the set's own, "none" or None for none, or a mapping of parameters: crop, flip,
             cutout for sets in memory (`Augment`), scale, flip for streamed ones (`StreamAugment`).
@@ -182,7 +183,9 @@ def _in_memory(
     seed: int,
     augment: AnyAugment | None,
 ) -> Data:
-    rest, held = stratified_split(arrays.y_train, validation, seed)
+    by_class = arrays.y_train.dim() == 1 and not arrays.y_train.is_floating_point()
+    alike = torch.zeros(len(arrays.y_train), dtype=torch.int64)
+    rest, held = stratified_split(arrays.y_train if by_class else alike, validation, seed)
     x, y = arrays.x_train[rest], arrays.y_train[rest]
     mean, std = channel_statistics(x)
     plain: dict[str, Any] = {"batch_size": batch_size, "mean": mean, "std": std}

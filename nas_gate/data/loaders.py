@@ -17,7 +17,8 @@ Device: TypeAlias = torch.device | str
 class Loader(Protocol):
     """What training needs of a data set's part.
 
-    Iterating gives (x, y): x float32 N x C x H x W, normalised; y int64 N; both on the loader's device.
+    Iterating gives (x, y): x float32 N x C x H x W, normalised; y the targets, N x ..., as they are; both on the
+    loader's device.
     An epoch repeats exactly for the same `set_epoch`, whatever the global random state.
     """
 
@@ -54,7 +55,7 @@ class TensorLoader:
 
     Args:
         x: N x C x H x W, uint8 or floating.
-        y: N, int64.
+        y: N x ..., the targets: int64 classes, of images (N) or pixels (N x H x W), or floating.
         batch_size: images per step, over all ranks.
         mean: per channel, in the units of x.
         std: per channel, in the units of x.
@@ -65,7 +66,8 @@ class TensorLoader:
         device: where the tensors live; None for where they are.
 
     Raises:
-        ValueError: shapes that do not fit together, or a batch size that the set cannot fill.
+        ValueError: shapes that do not fit together, a batch size that the set cannot fill, or an augmentation that
+            moves the pixels of x where those of y would have to move along.
     """
 
     def __init__(
@@ -82,15 +84,20 @@ class TensorLoader:
         drop_last: bool = False,
         device: Device | None = None,
     ) -> None:
-        if x.dim() != 4 or y.shape != x.shape[:1] or not len(mean) == len(std) == x.shape[1]:
+        if x.dim() != 4 or y.shape[:1] != x.shape[:1] or not len(mean) == len(std) == x.shape[1]:
             raise ValueError(
-                f"x must be N x C x H x W, y N, mean and std C, but got {tuple(x.shape)}, {tuple(y.shape)}, "
+                f"x must be N x C x H x W, y N x ..., mean and std C, but got {tuple(x.shape)}, {tuple(y.shape)}, "
                 f"{len(mean)} and {len(std)}."
             )
         self.schedule = Schedule(len(x), batch_size, shuffle, drop_last, seed)
         self.image_size = (x.shape[2], x.shape[3])
         if augment:
             augment.check(self.image_size)
+            if (augment.crop or augment.flip) and y.dim() > 2:
+                raise ValueError(
+                    f"`augment.crop` and `augment.flip` must be 0 and false where every pixel has a target, but got "
+                    f"{augment.crop} and {augment.flip} with targets of shape {tuple(y.shape)}."
+                )
         self.augment = augment
         self.device = torch.device(device) if device is not None else x.device
         self.x, self.y = x.to(self.device), y.to(self.device)

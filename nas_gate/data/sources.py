@@ -16,19 +16,24 @@ import torch
 from torch import Tensor
 
 from nas_gate.data.schedule import stratified_split
+from nas_gate.tasks import VOID
 
 ROOT_VARIABLE = "NAS_GATE_DATA"
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """A set in memory: x uint8 or float32 N x C x H x W, y int64 N with labels 0 .. num_classes - 1."""
+    """A set in memory: x uint8 or float32 N x C x H x W; y the targets of the images.
+
+    y is int64 with classes 0 .. num_classes - 1, of images (N) or of pixels (N x H x W, VOID where there is none), or
+    float32 N x anything, and `num_classes` None.
+    """
 
     x_train: Tensor
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
-    num_classes: int
+    num_classes: int | None
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,13 @@ def digits(root: Path | None, download: bool) -> Arrays:
     return Arrays(x[train], y[train], x[test], y[test], 10)
 
 
+def shapes(root: Path | None, download: bool) -> Arrays:
+    """Pictures of shapes with a class per pixel, drawn here: root is not used."""
+    from nas_gate.data.shapes import CLASSES, draw
+
+    return Arrays(*draw(512, "train"), *draw(128, "test"), len(CLASSES))
+
+
 def torchvision_set(dataset: str, num_classes: int) -> Callable[[Path | None, bool], Arrays]:
     """A reader of one of torchvision's small sets, by class name; finding and checking is torchvision's."""
 
@@ -112,8 +124,9 @@ def _channels_first(x: Tensor) -> Tensor:
 def npz(root: Path | None, download: bool, path: str | None = None, num_classes: int | None = None) -> Arrays:
     """Any `.npz` with x_train, y_train, x_test, y_test.
 
-    Images are uint8, N x H x W x C or N x H x W, or floating, N x C x H x W. Labels are integers, N, in
-    0 .. num_classes - 1; without `num_classes` it is the largest training label + 1, and each must occur.
+    Images are uint8, N x H x W x C or N x H x W, or floating, N x C x H x W. Labels are integers, of images (N) or of
+    pixels (N x H x W, VOID where there is none), in 0 .. num_classes - 1; without `num_classes` it is the largest
+    training label + 1, and each must occur. Targets of a regression are floating, N x anything.
 
     Args:
         root: a folder.
@@ -130,7 +143,18 @@ def npz(root: Path | None, download: bool, path: str | None = None, num_classes:
             f"{file}: x_train and x_test must agree in image shape and type, but got (channels first) "
             f"{tuple(x_train.shape[1:])} {x_train.dtype} and {tuple(x_test.shape[1:])} {x_test.dtype}."
         )
-    present = torch.unique(y_train)
+    if y_train.shape[1:] != y_test.shape[1:] or y_train.dtype != y_test.dtype:
+        raise ValueError(
+            f"{file}: y_train and y_test must agree in shape and kind, but got "
+            f"{tuple(y_train.shape[1:])} {y_train.dtype} and {tuple(y_test.shape[1:])} {y_test.dtype}."
+        )
+    if y_train.is_floating_point():
+        if num_classes is not None:
+            raise ValueError(f"{file}: y_train is floating, so that num_classes must be null, but it is {num_classes}.")
+        return Arrays(x_train, y_train, x_test, y_test, None)
+    present = _classes(y_train)
+    if not len(present):
+        raise ValueError(f"{file}: y_train must hold a class, but all its pixels are {VOID}.")
     if num_classes is None:
         num_classes = int(present[-1]) + 1
         if len(present) != num_classes:
@@ -140,11 +164,17 @@ def npz(root: Path | None, download: bool, path: str | None = None, num_classes:
                 "where some class has no image, give num_classes."
             )
     for key, y in (("y_train", y_train), ("y_test", y_test)):
-        if int(y.max()) >= num_classes:
+        if len(beyond := (found := _classes(y))[found >= num_classes]):
             raise ValueError(
-                f"{file}: the labels in {key} must be in 0 .. {num_classes - 1}, but one is {int(y.max())}."
+                f"{file}: the labels in {key} must be in 0 .. {num_classes - 1}, but one is {int(beyond[-1])}."
             )
     return Arrays(x_train, y_train, x_test, y_test, num_classes)
+
+
+def _classes(y: Tensor) -> Tensor:
+    """The different labels of images or pixels, in order."""
+    present: Tensor = torch.unique(y)
+    return present[present != VOID] if y.dim() > 1 else present
 
 
 def _refuse_download(name: str, download: bool) -> None:
@@ -169,17 +199,31 @@ def _find_npz(root: Path | None, path: str | None) -> Path:
 
 
 def _npz_part(file: Path, part: str) -> tuple[Tensor, Tensor]:
-    """Images (uint8 or float32, N x C x H x W) and labels (int64, N) of "train" or "test"."""
+    """Images (uint8 or float32, N x C x H x W) and targets (int64 or float32, see `Arrays`) of "train" or "test"."""
     x, y = _npz_array(file, f"x_{part}"), _npz_array(file, f"y_{part}")
-    if y.dtype.kind not in "iu" or y.ndim != 1:
-        raise ValueError(f"{file}: y_{part} must be integers of shape N, but got {y.dtype} of shape {y.shape}.")
+    whole = y.dtype.kind in "iu"
+    if not (whole and y.ndim in (1, 3)) and not (y.dtype.kind == "f" and y.ndim > 0):
+        raise ValueError(
+            f"{file}: y_{part} must be integers of shape N or N x H x W, or floating, but got {y.dtype} of "
+            f"shape {y.shape}."
+        )
     if len(x) != len(y) or not len(y):
         raise ValueError(
             f"{file}: x_{part} and y_{part} must be of one length, at least 1, but got {len(x)} and {len(y)}."
         )
+    images = _images(file, f"x_{part}", x)
+    if not whole:
+        if not np.isfinite(y).all():
+            raise ValueError(f"{file}: the values in y_{part} must be finite, but some are not.")
+        return images, torch.from_numpy(y.astype(np.float32))
     if y.min() < 0:
         raise ValueError(f"{file}: the labels in y_{part} must be >= 0, but one is {y.min()}.")
-    return _images(file, f"x_{part}", x), torch.from_numpy(y.astype(np.int64))
+    if y.ndim == 3 and y.shape[1:] != images.shape[2:]:
+        raise ValueError(
+            f"{file}: y_{part} must have the height and width of the images, {tuple(images.shape[2:])}, but has "
+            f"{y.shape[1:]}."
+        )
+    return images, torch.from_numpy(y.astype(np.int64))
 
 
 def _npz_array(file: Path, key: str) -> "np.ndarray[Any, Any]":

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from nas_gate.models import cifar, digits, imagenet
+from nas_gate.models import cifar, digits, imagenet, shapes
 
 Builder = Callable[..., nn.Module]
 
 BUILDERS: dict[str, Builder] = {
     "digits_cnn": digits.digits_cnn,
+    "shapes_fcn": shapes.shapes_fcn,
     "resnet20": partial(cifar.resnet, 20),
     "resnet32": partial(cifar.resnet, 32),
     "resnet44": partial(cifar.resnet, 44),
