@@ -9,10 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "nas_gate"
 LAYERS: dict[str, set[str]] = {name: set() for name in ("errors", "gates", "structure", "models", "data", "pareto")}
-LAYERS["cost"] = {"structure"}
-LAYERS["gating"] = {"cost", "gates", "structure"}
-LAYERS["landing"] = {"cost", "structure"}
+LAYERS["latency"] = set()
+LAYERS["latency_table"] = {"structure"}
+LAYERS["cost"] = {"latency_table", "structure"}
+LAYERS["gating"] = {"cost", "gates", "latency_table", "structure"}
+LAYERS["landing"] = {"cost", "latency_table", "structure"}
 LAYERS["removal"] = {"cost", "gating", "structure"}
+LAYERS["operations"] = {"removal", "structure"}
+LAYERS["measuring"] = {"gating", "latency", "latency_table", "operations", "removal", "structure"}
 LAYERS["inspect"] = {"cost", "structure"}
 LAYERS["candidate"] = {"models", "removal", "structure"}
 LAYERS["analysis"] = {"cost", "gates", "gating", "landing", "removal", "structure"}
@@ -26,7 +30,6 @@ LAYERS["outcome"] = {"models", "pareto", "prepare", "removal", "settings", "trai
 LAYERS["search"] = {*LAYERS}
 LAYERS["selection"] = {"candidate", "pareto"}
 LAYERS["plots"] = {"pareto"}
-LAYERS["latency"] = set()
 LAYERS["exported"] = {"latency"}
 LAYERS["export"] = {"candidate", "cost", "exported", "latency", "models", "removal", "structure"}
 LAYERS["collect"] = {"candidate", "latency", "pareto"}
