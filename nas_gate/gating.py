@@ -295,14 +295,15 @@ class Lagrangian:
         if rate <= 0 or multiplier < 0:
             raise ValueError(f"`rate > 0` and `multiplier >= 0` must hold, but got {rate=}, {multiplier=}")
         self.target, self.rate, self.metric, self.multiplier = target, rate, metric, multiplier
-        self.multipliers = dict.fromkeys(self.limits, 0.0)
-        """Those of the limits."""
+        self.multipliers: dict[str, float] = {}
+        """Those of the limits; 0 at first."""
 
     def __call__(self, gated: GatedModel) -> Tensor:
         """The loss term."""
         gap, *excesses = self._gaps(gated)
         term = self.multiplier * gap + self.rate / 2 * gap**2
-        for multiplier, excess in zip(self.multipliers.values(), excesses):
+        for name, excess in zip(self.limits, excesses):
+            multiplier = self.multipliers.get(name, 0.0)
             term = term + ((multiplier + self.rate * excess).clamp(min=0) ** 2 - multiplier**2) / (2 * self.rate)
         return term.to(gated.gates.weight.dtype)
 
@@ -312,7 +313,7 @@ class Lagrangian:
             gap, *excesses = map(float, self._gaps(gated))
         self.multiplier = max(0.0, self.multiplier + self.rate * gap)
         for name, excess in zip(self.limits, excesses):
-            self.multipliers[name] = max(0.0, self.multipliers[name] + self.rate * excess)
+            self.multipliers[name] = max(0.0, self.multipliers.get(name, 0.0) + self.rate * excess)
 
     def _gaps(self, gated: GatedModel) -> list[Tensor]:
         return _gaps(gated, {self.metric: self.target, **self.limits})

@@ -8,9 +8,10 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 from nas_gate.gating import GatedModel, plain
 from nas_gate.latency import machine, processor, take_turns, thread_count
 from nas_gate.latency_table import Grid, LatencyTable, Operation, from_json, grid_from, to_json
-from nas_gate.operations import Progress, Ran, Sized, read, run
+from nas_gate.operations import Progress, Sized, read, run
 from nas_gate.removal import cut_model, cut_of
 from nas_gate.structure import Structure
 from nas_gate.structure.trace import mode_of
@@ -56,12 +57,9 @@ def measure_latency(
 
     Raises ValueError where the file is no table, or one of another machine, torch, thread count, input or network.
     """
-    if threads < 1:
-        raise ValueError(f"`threads >= 1` must hold, but got {threads=}")
-    model = on_processor(plain(gated.model))
-    structure = gated.structure
-    args, kwargs = pytree.tree_map(_to_processor, gated.example_inputs if inputs is None else (tuple(inputs), {}))
-    identity = identity_of(structure, run(model, args, kwargs), (args, kwargs), threads)
+    identity = identify(gated, inputs, threads)
+    model, structure = on_processor(plain(gated.model)), gated.structure
+    args, kwargs = _arguments(gated, inputs)
     path = None if file is None else Path(file)
     known = _known(path, identity)
     if isinstance(known, LatencyTable):
@@ -77,27 +75,30 @@ def measure_latency(
             if path is not None:
                 _write(path, json.dumps({"identity": identity, "unfinished": {n: asdict(g) for n, g in grids.items()}}))
         progress("measuring operations", len(set(names)), len(set(names)))
-        small = cut_model(model, cut_of(structure, _thinnest(structure)))
-        with mode_of(model, training=False), mode_of(small, training=False):
-            turns = take_turns([lambda: model(*args, **kwargs), lambda: small(*args, **kwargs)])
+    small = cut_model(model, cut_of(structure, _thinnest(structure)))
+    dense_ms, thinnest_ms = fastest([model, small], args, kwargs, threads)
     table = LatencyTable(
         identity=identity,
         groups={g.name: g.size for g in structure.groups},
         operations=tuple(Operation(n, each.axes(), each.needs) for n, each in zip(names, sized)),
         grids={name: grids[name] for name in dict.fromkeys(names)},
-        dense_ms=median(turns[0]),
-        thinnest_ms=median(turns[1]),
+        dense_ms=dense_ms,
+        thinnest_ms=thinnest_ms,
     )
     if path is not None:
         _write(path, to_json(table))
     return table
 
 
-def identity_of(structure: Structure, ran: Sequence[Ran], inputs: Any, threads: int) -> dict[str, Any]:
-    """What a table's figures belong to, as JSON holds it."""
+def identify(gated: GatedModel, inputs: tuple[Any, ...] | None = None, threads: int = 1) -> dict[str, Any]:
+    """What the figures of a table belong to, as JSON holds it; the arguments are those of `measure_latency`."""
+    if threads < 1:
+        raise ValueError(f"`threads >= 1` must hold, but got {threads=}")
+    args, kwargs = _arguments(gated, inputs)
+    ran, structure = run(on_processor(plain(gated.model)), args, kwargs), gated.structure
     network = [[(g.name, g.size) for g in structure.groups], [(a.fixed, a.groups) for a in structure.axes]]
     network += [[(*r.key, str(r.leaves)) for r in ran]]
-    shapes = [list(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    shapes = [list(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     return {
         "machine": machine(),
         "processor": processor(),
@@ -113,8 +114,26 @@ def on_processor(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
 
 
-def _to_processor(leaf: Any) -> Any:
-    return leaf.cpu() if isinstance(leaf, Tensor) else leaf
+def fastest(networks: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any], threads: int) -> list[float]:
+    """Milliseconds of each network's fastest call in evaluation mode; they take turns.
+
+    Whatever else the machine does only adds to a call, so that the fastest says the most about the network.
+    """
+    with ExitStack() as exits:
+        exits.enter_context(thread_count(threads))
+        exits.enter_context(torch.inference_mode())
+        for network in networks:
+            exits.enter_context(mode_of(network, training=False))
+        return [min(taken) for taken in take_turns([partial(network, *args, **kwargs) for network in networks])]
+
+
+def _arguments(gated: GatedModel, inputs: tuple[Any, ...] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the network is timed on, in main memory."""
+    given = gated.example_inputs if inputs is None else (tuple(inputs), {})
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
+        lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, given
+    )
+    return found
 
 
 def _known(path: Path | None, identity: Mapping[str, Any]) -> LatencyTable | dict[str, Grid]:
@@ -163,7 +182,7 @@ def _measured(sized: Sized) -> Grid:
 
 
 def _fastest(function: Any) -> float:
-    """Milliseconds of the fastest of several calls: whatever else the machine does can only add to it."""
+    """Milliseconds of the fastest of several calls."""
     for _ in range(WARM_UP):
         function()
     fastest, count, start = float("inf"), 0, perf_counter()
