@@ -12,6 +12,8 @@ from nas_gate.gates import GATES, SHAPES, TrainableGate, make_gate
 from nas_gate.gating import GatedModel, Lagrangian, penalty
 from nas_gate.inspect import describe, to_json
 from nas_gate.landing import reachable
+from nas_gate.latency_table import LatencyTable
+from nas_gate.measuring import measure_latency
 from nas_gate.removal import MENDS, RemovalError, Removed
 from nas_gate.structure import RULES, Structure
 
@@ -25,6 +27,7 @@ __all__ = [
     "CostModel",
     "GatedModel",
     "Lagrangian",
+    "LatencyTable",
     "RemovalError",
     "Removed",
     "Structure",
@@ -36,6 +39,7 @@ __all__ = [
     "land",
     "load",
     "make_gate",
+    "measure_latency",
     "penalty",
     "reachable",
     "reachable_share",

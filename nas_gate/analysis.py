@@ -172,9 +172,11 @@ def land(
     metric: str = "macs",
     round_to: int = 1,
     minimum: int | Mapping[str, int] = 1,
+    limits: Mapping[str, float] | None = None,
 ) -> Tensor:
     """The boolean keep, shape (units,), that the learned gates land on for a target: see `landing.choose`."""
-    return landing.choose(gated.structure, gated.gates.weight, target, metric, round_to, minimum)
+    scores, latency = gated.gates.weight, gated.cost.table
+    return landing.choose(gated.structure, scores, target, metric, round_to, minimum, limits, latency)
 
 
 def remove_with_proof(gated: GatedModel, keep: Tensor) -> Removed:
@@ -190,6 +192,7 @@ def remove(
     metric: str = "macs",
     round_to: int = 1,
     minimum: int | Mapping[str, int] = 1,
+    limits: Mapping[str, float] | None = None,
 ) -> nn.Module:
     """Land on a target and remove: a plain module of the user's own class, proven equal to the gated one."""
-    return remove_with_proof(gated, land(gated, target, metric, round_to, minimum)).model
+    return remove_with_proof(gated, land(gated, target, metric, round_to, minimum, limits)).model

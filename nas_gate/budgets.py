@@ -1,8 +1,8 @@
-"""Budgets: loss terms that draw the cost to a target, and the controller that moves the target while gates train."""
+"""Budgets: loss terms that draw costs to a target and below limits, and the controller that moves these in training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +14,9 @@ from nas_gate.training import require
 
 
 class Budget(Protocol):
-    """A loss term that draws the cost to a target, which may move from step to step."""
+    """A loss term that draws the cost to a target and others below limits, which may move from step to step."""
 
-    def loss(self, gated: GatedModel, target: float) -> Tensor:
+    def loss(self, gated: GatedModel, target: float, limits: Mapping[str, float]) -> Tensor:
         """Scalar to add to the task's loss."""
 
     def update(self, gated: GatedModel) -> None:
@@ -37,9 +37,9 @@ class PenaltyBudget:
         require(weight >= 0, "budget penalty: `weight >= 0` must hold", weight)
         self._metric, self._weight, self._power = metric, weight, power
 
-    def loss(self, gated: GatedModel, target: float) -> Tensor:
-        """The penalty for `target`."""
-        return penalty(gated, target, weight=self._weight, power=self._power, metric=self._metric)
+    def loss(self, gated: GatedModel, target: float, limits: Mapping[str, float]) -> Tensor:
+        """The penalty for `target` and `limits`."""
+        return penalty(gated, target, weight=self._weight, power=self._power, metric=self._metric, limits=limits)
 
     def update(self, gated: GatedModel) -> None:
         """Nothing adapts."""
@@ -58,21 +58,21 @@ class LagrangianBudget:
     def __init__(self, metric: str, rate: float = 0.1) -> None:
         self._lagrangian = Lagrangian(1.0, rate=rate, metric=metric)
 
-    def loss(self, gated: GatedModel, target: float) -> Tensor:
-        """The augmented Lagrangian's term for `target`."""
-        self._lagrangian.target = target
+    def loss(self, gated: GatedModel, target: float, limits: Mapping[str, float]) -> Tensor:
+        """The augmented Lagrangian's term for `target` and `limits`."""
+        self._lagrangian.target, self._lagrangian.limits = target, dict(limits)
         return self._lagrangian(gated)
 
     def update(self, gated: GatedModel) -> None:
-        """Adapt the multiplier."""
+        """Adapt the multipliers."""
         self._lagrangian.update(gated)
 
     def state_dict(self) -> dict[str, Any]:
-        """The multiplier."""
+        """The multipliers."""
         return dict(self._lagrangian.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the multiplier."""
+        """Take up the multipliers."""
         self._lagrangian.load_state_dict(state)
 
 
@@ -86,38 +86,46 @@ def make_budget(name: str, metric: str, **arguments: Any) -> Budget:
 
 
 class GateController:
-    """`training.Controller` of a gated model: the descending target, the gate's progress, the budget.
+    """`training.Controller` of a gated model: the descending target and limits, the gate's progress, the budget.
 
     On every leg the target goes in a straight line over the first `gating.descent` of the leg's epochs, from the
-    share before to the one wanted, and stays there. The gate's own progress (its temperature) is that of all legs.
+    one before (at first, the dense cost) to the one wanted, and stays there; limits do so on the first leg. The gate's
+    own progress (its temperature) is that of all legs.
     """
 
     def __init__(self, gated: GatedModel, budget: Budget, settings: Settings) -> None:
         self._gated, self._budget = gated, budget
         self._metric, self._legs = settings.metric, settings.legs()
-        self._descent = settings.gating.descent
-        self._present = 1.0
+        self._limits, self._descent = settings.limits, settings.gating.descent
+        self._dense = {m: gated.cost.total(m) / gated.cost.unit(m) for m in (self._metric, *self._limits)}
+        self._present = self._dense[self._metric]
+        self._bounds = {name: self._dense[name] for name in self._limits}
 
     def before_step(self, epoch: float) -> None:
         """Set the target and the gate's progress for this moment."""
         leg = next((leg for leg in self._legs if epoch < leg.end), self._legs[-1])
         progress = (epoch - leg.begin) / (leg.end - leg.begin)
         way = min(1.0, progress / self._descent) if self._descent else 1.0
-        self._present = leg.above + way * (leg.target - leg.above)
+        first = self._dense[self._metric] if leg.above is None else leg.above
+        self._present = first + way * (leg.target - first)
+        for name, limit in self._limits.items():
+            first = self._dense[name] if leg.above is None else limit
+            self._bounds[name] = first + way * (limit - first)
         self._gated.gates.function.set_progress(epoch / self._legs[-1].end)
 
     def loss(self) -> Tensor:
         """The budget's term."""
-        return self._budget.loss(self._gated, self._present)
+        return self._budget.loss(self._gated, self._present, self._bounds)
 
     def after_step(self) -> None:
         """Let the budget adapt."""
         self._budget.update(self._gated)
 
     def figures(self) -> dict[str, float]:
-        """The gates' present cost and target, as shares of the dense network's."""
+        """The gates' present cost, as targets count it, and the present target."""
         with torch.no_grad():
-            return {"cost": float(self._gated.cost_share(self._metric)), "target": self._present}
+            share = float(self._gated.cost_share(self._metric))
+        return {"cost": share * self._dense[self._metric], "target": self._present}
 
     def state_dict(self) -> dict[str, Any]:
         """The budget's state; the rest follows from the epoch."""

@@ -240,6 +240,8 @@ SETTINGS = (
     "target",
     "targets",
     "metric",
+    "limits",
+    "latency",
     "round_to",
     "seed",
     "test",
@@ -251,7 +253,7 @@ OTHERS = ("run", "run_dir", "cache_dir", "experiment")
 def settings_of(config: Mapping[str, Any]) -> Settings:
     """The settings that a resolved configuration describes; Refused names the key that is wrong."""
     from nas_gate.errors import Refused
-    from nas_gate.search import Distillation, Gating, Named, Settings
+    from nas_gate.search import Distillation, Gating, Named, Settings, Timing
     from nas_gate.training import Hardware, Recipe
 
     if unknown := sorted(config.keys() - {*SETTINGS, *OTHERS}):
@@ -262,7 +264,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     parts = {"dense": Recipe, "cycle": Recipe, "gating": Gating, "distillation": Distillation}
     if unknown := sorted(training.keys() ^ parts.keys()):
         raise Refused(f"`training` must have exactly the keys {', '.join(parts)}; look at {unknown[0]!r}.")
-    data = dict(_mapping(config["data"], "data"))
+    data, limits = dict(_mapping(config["data"], "data")), _mapping(config["limits"], "limits")
     return _made(
         Settings,
         {
@@ -272,6 +274,8 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
             "hardware": _made(Hardware, config["hardware"], "hardware"),
             **{name: config[name] for name in ("method", "target", "metric", "round_to", "seed", "test")},
             "targets": _shares(config["targets"]),
+            "limits": {name: _typed(x, float, f"limits.{name}") for name, x in limits.items() if x is not None},
+            "latency": _made(Timing, config["latency"], "latency"),
         },
         "",
     )

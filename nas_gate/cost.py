@@ -3,7 +3,8 @@
 `macs` are multiply-accumulates of one forward pass on the example inputs (`flops = 2 * macs`, as
 `torch.utils.flop_counter` counts them: convolutions and matrix products, no biases, norms or activations);
 `params` are elements of parameters. Every priced operation costs `coefficient` times the product of the kept sizes
-of its axes, and every axis' kept size is a constant plus a weighted sum of open units.
+of its axes, and every axis' kept size is a constant plus a weighted sum of open units. `latency_ms`, milliseconds of
+one forward pass, is predicted from a table measured on this machine (see `latency_table`), where one is given.
 """
 
 from __future__ import annotations
@@ -17,24 +18,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nas_gate.latency_table import LatencyModel, LatencyTable
 from nas_gate.structure import Structure, Term
 from nas_gate.structure.trace import mode_of, plain_operations
 
 METRICS = ("macs", "params")
+"""What is counted: wanted as a share of the dense model's, in (0, 1)."""
+
+MEASURED = ("latency_ms",)
+"""What is predicted from measurements: wanted in the unit that the name ends with."""
 
 
 class CostModel(nn.Module):
     """The cost of a keep vector, in float64, so that counts are exact up to 2**53.
 
     Calling it with `keep` of shape (units,), soft or boolean, gives a scalar float64 tensor, differentiable in keep.
+    With a latency table (of this network: ValueError otherwise) "latency_ms" is a metric, too.
     """
 
     _group: Tensor
     _sizes: Tensor
 
-    def __init__(self, structure: Structure) -> None:
+    def __init__(self, structure: Structure, latency: LatencyTable | None = None) -> None:
         super().__init__()
+        if latency is not None:
+            latency.check(structure)
         self.structure = structure
+        self.table = latency
+        self.latency = None if latency is None else LatencyModel(latency)
         self._other = {"macs": structure.other_macs, "params": 0}
         sizes = np.array([g.size for g in structure.groups], dtype=np.float64)
         self.register_buffer("_group", torch.from_numpy(structure.group_of_unit()), persistent=False)
@@ -48,7 +59,7 @@ class CostModel(nn.Module):
 
     def forward(self, keep: Tensor, metric: str = "macs") -> Tensor:
         """Cost of keep, shape (units,), as a float64 scalar."""
-        check_metric(metric)
+        self.check(metric)
         if tuple(keep.shape) != (self.structure.units,):
             raise ValueError(f"keep must have shape ({self.structure.units},), but has {tuple(keep.shape)}")
         open_units = torch.zeros_like(self._sizes).index_add(0, self._group, keep.to(torch.float64))
@@ -56,16 +67,32 @@ class CostModel(nn.Module):
 
     def of_counts(self, open_units: Tensor, metric: str = "macs") -> Tensor:
         """Cost when so many units of every group are open; `open_units` has shape (groups,), float64."""
+        if metric in MEASURED and self.latency is not None:
+            predicted: Tensor = self.latency(open_units)
+            return predicted
         weights, fixed = getattr(self, f"_{metric}_weights"), getattr(self, f"_{metric}_fixed")
         axes, coefficient = getattr(self, f"_{metric}_axes"), getattr(self, f"_{metric}_coefficient")
         kept = weights @ open_units + fixed
         result: Tensor = coefficient @ kept[axes].prod(dim=0) + self._other[metric]
         return result
 
-    def total(self, metric: str = "macs") -> int:
-        """Cost of the dense model."""
+    def total(self, metric: str = "macs") -> float:
+        """Cost of the dense model, an int where it is counted."""
+        self.check(metric)
+        total = float(self.of_counts(self._sizes, metric))
+        return total if metric in MEASURED else round(total)
+
+    def unit(self, metric: str) -> float:
+        """What targets of a metric are counted in: the dense model's cost for shares, 1 for milliseconds."""
+        return 1.0 if metric in MEASURED else self.total(metric)
+
+    def check(self, metric: str) -> None:
+        """Raise ValueError for a metric that is not priced, or a measured one without a table."""
         check_metric(metric)
-        return round(float(self.of_counts(self._sizes, metric)))
+        if metric in MEASURED and self.latency is None:
+            raise ValueError(
+                f"the metric {metric!r} needs a measured table: gated.add_latency(nas_gate.measure_latency(gated))"
+            )
 
     def share(self, keep: Tensor, metric: str = "macs") -> Tensor:
         """Cost of keep over the cost of the dense model."""
@@ -75,8 +102,34 @@ class CostModel(nn.Module):
 
 def check_metric(metric: str) -> None:
     """Raise ValueError for a metric that is not priced."""
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, but is {metric!r}")
+    if metric not in (*METRICS, *MEASURED):
+        raise ValueError(f"metric must be one of {', '.join((*METRICS, *MEASURED))}, but is {metric!r}")
+
+
+def check_wanted(name: str, wanted: float, metric: str, *, whole: bool = False) -> None:
+    """Raise ValueError unless what is wanted of a metric, called `name`, is above 0 and, where it is a share, below 1.
+
+    With `whole` a share may be 1.
+    """
+    if metric in MEASURED:
+        if not 0 < wanted < math.inf:
+            raise ValueError(f"`{name} > 0` must hold for {metric}, but got {name}={wanted}")
+    elif not (0 < wanted < 1 or (whole and wanted == 1)):
+        sign = "<=" if whole else "<"
+        raise ValueError(
+            f"`0 < {name} {sign} 1` must hold for the wanted share of the dense cost, but got {name}={wanted}"
+        )
+
+
+def check_budgets(target: float, metric: str, limits: Mapping[str, float], *, whole: bool = False) -> None:
+    """Raise ValueError unless a target and the limits beside it can be wanted: see `check_wanted`."""
+    check_metric(metric)
+    check_wanted("target", target, metric, whole=whole)
+    for name, limit in limits.items():
+        check_metric(name)
+        if name == metric:
+            raise ValueError(f"limits must be of other metrics than the target, but both are of {metric!r}")
+        check_wanted(f"limits.{name}", limit, name, whole=whole)
 
 
 def _form(structure: Structure, terms: Sequence[Term]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

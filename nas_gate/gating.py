@@ -19,8 +19,9 @@ from torch.func import functional_call
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nas_gate.cost import CostModel
+from nas_gate.cost import CostModel, check_budgets
 from nas_gate.gates import Gate, TrainableGate
+from nas_gate.latency_table import LatencyTable
 from nas_gate.structure import Structure
 
 
@@ -215,6 +216,10 @@ class GatedModel(nn.Module):
         """The present keep's cost over the dense model's."""
         return self.cost.share(self.gates(), metric)
 
+    def add_latency(self, table: LatencyTable) -> None:
+        """From now on "latency_ms" is a metric, too; ValueError where the table belongs to another network."""
+        self.cost = CostModel(self.structure, table).to(self.gates.weight.device)
+
     def gate_parameters(self) -> list[nn.Parameter]:
         """What the gates learn (give it its own learning rate, and no weight decay)."""
         return list(self.gates.parameters())
@@ -234,19 +239,37 @@ def _named(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def penalty(gated: GatedModel, target: float, weight: float = 1.0, power: int = 2, metric: str = "macs") -> Tensor:
+def penalty(
+    gated: GatedModel,
+    target: float,
+    weight: float = 1.0,
+    power: int = 2,
+    metric: str = "macs",
+    limits: Mapping[str, float] | None = None,
+) -> Tensor:
     """`weight * |target - cost(keep) / cost(all)| ** power`, the loss of arXiv 1904.10921 on the discrete cost.
 
-    `target` is the wanted share of the dense cost, in (0, 1].
+    `target` is the wanted share of the dense cost, in (0, 1]; for the metric "latency_ms" it is in milliseconds, and
+    the loss is of its share of the dense latency all the same. Every one of `limits`, {metric: as a target of that
+    metric}, adds such a term for what exceeds it; below it there is none.
     """
-    if not 0 < target <= 1:
-        raise ValueError(f"`0 < target <= 1` must hold for the share of the dense cost, but got target={target}")
+    limits = limits or {}
+    check_budgets(target, metric, limits, whole=True)
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, but is {power}")
     if weight < 0:
         raise ValueError(f"`weight >= 0` must hold, but got weight={weight}")
-    gap = (target - gated.cost_share(metric)).abs()
-    return (weight * gap**power).to(gated.gates.weight.dtype)
+    gap, *excesses = _gaps(gated, {metric: target, **limits})
+    loss = gap.abs() ** power
+    for excess in excesses:
+        loss = loss + excess.clamp(min=0) ** power
+    return (weight * loss).to(gated.gates.weight.dtype)
+
+
+def _gaps(gated: GatedModel, wanted: Mapping[str, float]) -> list[Tensor]:
+    """How far the share of each metric's dense cost is above what is wanted, for one sample of the gates."""
+    keep, cost = gated.gates(), gated.cost
+    return [cost.share(keep, m) - value * cost.unit(m) / cost.total(m) for m, value in wanted.items()]
 
 
 class Lagrangian:
@@ -254,33 +277,60 @@ class Lagrangian:
 
     The term is `multiplier * gap + rate / 2 * gap ** 2` with gap = share - target; after every step `update` adds
     `rate * gap` to the multiplier, which stays at least 0. See Nocedal and Wright, Numerical Optimization, ch. 17.
+
+    Every one of `limits` (see `penalty`) has a multiplier of its own, which begins at 0, and the term for inequalities
+    (section 17.4 there): `(max(0, multiplier + rate * gap) ** 2 - multiplier ** 2) / (2 * rate)`.
     """
 
-    def __init__(self, target: float, rate: float = 0.1, metric: str = "macs", multiplier: float = 0.0) -> None:
-        if not 0 < target <= 1:
-            raise ValueError(f"`0 < target <= 1` must hold for the share of the dense cost, but got target={target}")
+    def __init__(
+        self,
+        target: float,
+        rate: float = 0.1,
+        metric: str = "macs",
+        multiplier: float = 0.0,
+        limits: Mapping[str, float] | None = None,
+    ) -> None:
+        self.limits = dict(limits or {})
+        check_budgets(target, metric, self.limits, whole=True)
         if rate <= 0 or multiplier < 0:
             raise ValueError(f"`rate > 0` and `multiplier >= 0` must hold, but got {rate=}, {multiplier=}")
         self.target, self.rate, self.metric, self.multiplier = target, rate, metric, multiplier
+        self.multipliers: dict[str, float] = {}
+        """Those of the limits; 0 at first."""
 
     def __call__(self, gated: GatedModel) -> Tensor:
         """The loss term."""
-        gap = gated.cost_share(self.metric) - self.target
-        return (self.multiplier * gap + self.rate / 2 * gap**2).to(gated.gates.weight.dtype)
+        gap, *excesses = self._gaps(gated)
+        term = self.multiplier * gap + self.rate / 2 * gap**2
+        for name, excess in zip(self.limits, excesses):
+            multiplier = self.multipliers.get(name, 0.0)
+            term = term + ((multiplier + self.rate * excess).clamp(min=0) ** 2 - multiplier**2) / (2 * self.rate)
+        return term.to(gated.gates.weight.dtype)
 
     def update(self, gated: GatedModel) -> None:
-        """Adapt the multiplier to the present gap."""
+        """Adapt the multipliers to the present gaps."""
         with torch.no_grad():
-            gap = float(gated.cost_share(self.metric)) - self.target
+            gap, *excesses = map(float, self._gaps(gated))
         self.multiplier = max(0.0, self.multiplier + self.rate * gap)
+        for name, excess in zip(self.limits, excesses):
+            self.multipliers[name] = max(0.0, self.multipliers.get(name, 0.0) + self.rate * excess)
 
-    def state_dict(self) -> dict[str, float]:
+    def _gaps(self, gated: GatedModel) -> list[Tensor]:
+        return _gaps(gated, {self.metric: self.target, **self.limits})
+
+    def state_dict(self) -> dict[str, Any]:
         """What changes during training."""
-        return {"multiplier": self.multiplier, "target": self.target}
+        return {
+            "multiplier": self.multiplier,
+            "target": self.target,
+            "multipliers": dict(self.multipliers),
+            "limits": dict(self.limits),
+        }
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up where `state_dict` was taken."""
         self.multiplier, self.target = float(state["multiplier"]), float(state["target"])
+        self.multipliers, self.limits = dict(state["multipliers"]), dict(state["limits"])
 
 
 def check_optimizers(gated: GatedModel, optimizers: Iterable[torch.optim.Optimizer]) -> None:

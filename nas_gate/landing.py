@@ -1,4 +1,4 @@
-"""Landing: from gate weights to a boolean keep that meets the target."""
+"""Landing: from gate weights to a boolean keep that meets the target, and every limit beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nas_gate.cost import CostModel, check_metric
+from nas_gate.cost import MEASURED, CostModel, check_budgets
+from nas_gate.latency_table import LatencyTable
 from nas_gate.structure import Structure
 
 
@@ -34,13 +35,18 @@ def _rounded(counts: npt.NDArray[np.int64], round_to: int, sizes: npt.NDArray[np
 
 
 def reachable(
-    structure: Structure, metric: str = "macs", round_to: int = 1, minimum: int | Mapping[str, int] = 1
+    structure: Structure,
+    metric: str = "macs",
+    round_to: int = 1,
+    minimum: int | Mapping[str, int] = 1,
+    latency: LatencyTable | None = None,
 ) -> tuple[float, float]:
-    """The lowest and highest share of the dense cost that a keep vector can have."""
-    check_metric(metric)
-    cost = CostModel(structure)
+    """The lowest and highest share of the dense cost that a keep vector can have; milliseconds for "latency_ms"."""
+    cost = CostModel(structure, latency)
+    cost.check(metric)
     least = torch.from_numpy(least_units(structure, round_to, minimum)).double()
-    return float(cost.of_counts(least, metric)) / cost.total(metric), 1.0
+    unit = cost.unit(metric)
+    return float(cost.of_counts(least, metric)) / unit, cost.total(metric) / unit
 
 
 def choose(
@@ -50,28 +56,33 @@ def choose(
     metric: str = "macs",
     round_to: int = 1,
     minimum: int | Mapping[str, int] = 1,
+    limits: Mapping[str, float] | None = None,
+    latency: LatencyTable | None = None,
 ) -> Tensor:
     """A boolean keep, shape (units,), whose cost is at most `target` times the dense cost, and close to it.
 
-    Units close in ascending order of `scores`, shape (units,), until the target is met: opening the unit that was
-    closed last would exceed it (with `round_to`, the last block of units). Every group keeps at least `minimum`
-    units and a multiple of `round_to`, its highest scores. Raises ValueError where the target is out of reach.
+    Units close in ascending order of `scores`, shape (units,), until the target and all `limits`, {metric: as a target
+    of that metric}, are met: opening the unit that was closed last would exceed one (with `round_to`, the last block of
+    units). Every group keeps at least `minimum` units and a multiple of `round_to`, its highest scores. Targets of
+    "latency_ms" are milliseconds, as the table `latency` has them. Raises ValueError where one is out of reach.
     """
-    if not 0 < target < 1:
-        raise ValueError(f"`0 < target < 1` must hold for the wanted share of the dense cost, but got target={target}")
+    wanted = {"target": (metric, target), **{f"limits.{name}": (name, x) for name, x in (limits or {}).items()}}
+    check_budgets(target, metric, limits or {})
     if tuple(scores.shape) != (structure.units,):
         raise ValueError(f"scores must have shape ({structure.units},), but have {tuple(scores.shape)}")
     values = scores.detach().double().cpu().numpy()
     if not np.isfinite(values).all():
         raise ValueError(f"scores must be finite, but {int((~np.isfinite(values)).sum())} of {len(values)} are not")
-    lowest, _ = reachable(structure, metric, round_to, minimum)
-    if target < lowest:
-        raise ValueError(
-            f"target={target} is below what is reachable: the share of {metric} can lie between {lowest:.4f} and 1 "
-            f"({round_to=}, {minimum=}, {len(structure.groups)} groups)"
-        )
-    cost = CostModel(structure)
-    total = cost.total(metric)
+    for name, (priced, most) in wanted.items():
+        lowest, highest = reachable(structure, priced, round_to, minimum, latency)
+        if most < lowest:
+            what = priced if priced in MEASURED else f"the share of {priced}"
+            raise ValueError(
+                f"{name}={most} is below what is reachable: {what} can lie between {lowest:.4f} and {highest:.4g} "
+                f"({round_to=}, {minimum=}, {len(structure.groups)} groups)"
+            )
+    cost = CostModel(structure, latency)
+    budgets = [(priced, cost.unit(priced), most) for priced, most in wanted.values()]
     sizes = np.array([g.size for g in structure.groups], dtype=np.int64)
     group = structure.group_of_unit()
     least = least_units(structure, round_to, minimum)
@@ -82,9 +93,10 @@ def choose(
         return np.maximum(_rounded(left, round_to, sizes), least)
 
     def fits(closed: int) -> bool:
-        return float(cost.of_counts(torch.from_numpy(counts(closed)).double(), metric)) / total <= target
+        left = torch.from_numpy(counts(closed)).double()
+        return all(float(cost.of_counts(left, priced)) / unit <= most for priced, unit, most in budgets)
 
-    low, high = 0, len(values)  # the cost falls with the number of closed units
+    low, high = 0, len(values)  # every cost falls with the number of closed units
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)

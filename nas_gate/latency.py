@@ -73,9 +73,8 @@ def measure_torch(
 ) -> list[Latency]:
     """Latencies of both networks in PyTorch on the CPU; the thread count is as before afterwards."""
     latencies = []
-    with _thread_count_restored(), torch.inference_mode():
-        for count in threads:
-            torch.set_num_threads(count)
+    for count in threads:
+        with thread_count(count), torch.inference_mode():
             latencies += [_latency("PyTorch", dense, network, batch(shape, n), count) for n in batch_sizes]
     return latencies
 
@@ -96,8 +95,10 @@ def measure_onnx(
 
 
 @contextmanager
-def _thread_count_restored() -> Iterator[None]:
+def thread_count(count: int) -> Iterator[None]:
+    """Compute with so many threads, and with as many as before afterwards."""
     before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -151,6 +152,14 @@ def not_followed(latencies: Sequence[Latency], macs_ratio: float) -> tuple[str, 
 
 def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def processor() -> str:
+    """The processor's own name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor()
 
 
 def machine() -> str:

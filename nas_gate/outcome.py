@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nas_gate import models
+from nas_gate.cost import MEASURED
+from nas_gate.latency import machine
 from nas_gate.pareto import hypervolume
 from nas_gate.prepare import Prepared
 from nas_gate.removal import Removed
@@ -24,12 +26,15 @@ STAGES = {"dense": "dense", "gated": "gated", "landed": "landed", "finetuned": "
 
 @dataclass(frozen=True)
 class Stage:
-    """A network at one point of the trial: the task's metric on the validation split, MACs, parameters."""
+    """A network at one point of the trial: the task's metric on the validation split, MACs, parameters, predicted
+    latency.
+    """
 
     name: str
     accuracy: float
     macs: float
     params: float
+    latency_ms: float | None = None
 
 
 def figures(
@@ -39,11 +44,13 @@ def figures(
     histories: Mapping[str, Sequence[Epoch]],
     removed: Removed,
     test_accuracy: float | None,
+    latencies: tuple[float, float] | None,
     path: Path,
 ) -> dict[str, Any]:
-    """The flat results of one candidate: see `search.search`."""
+    """The flat results of one candidate: see `search.search`; `latencies` are measured ones, dense and its own."""
     dense, last = stages[0], stages[-1]
     ratios = {"macs": last.macs / dense.macs, "params": last.params / dense.params}
+    achieved = {**ratios, "latency_ms": last.latency_ms}
     result: dict[str, Any] = {
         "method": settings.method,
         "accuracy": last.accuracy,
@@ -53,13 +60,21 @@ def figures(
         "params_ratio": ratios["params"],
         "metric": settings.metric,
         "target": leg.target,
-        "achieved": ratios[settings.metric],
+        "achieved": achieved[settings.metric],
         "max_relative_error": removed.max_relative_error,
         "test_accuracy": test_accuracy,
     }
     for stage in stages:
         for name in ("accuracy", "macs", "params"):
             result[f"{stage.name}_{name}"] = getattr(stage, name)
+        if stage.latency_ms is not None:
+            result[f"{stage.name}_predicted_latency_ms"] = stage.latency_ms
+    if latencies is not None and last.latency_ms is not None:
+        result["dense_latency_ms"], result["latency_ms"] = latencies
+        result["predicted_latency_ms"] = last.latency_ms
+        result["latency_relative_error"] = last.latency_ms / latencies[1] - 1
+        timing = settings.latency
+        result["latency_condition"] = f"PyTorch, batch {timing.batch}, threads {timing.threads}, on {machine()}"
     for name, history in histories.items():
         result[f"seconds_{name}"] = sum(epoch.seconds for epoch in history)
     return {**result, "path": str(path)}
@@ -87,12 +102,14 @@ def combined(results: Mapping[str, Plain], metric: Metric) -> dict[str, Any]:
 def announce(settings: Settings, prepared: Prepared, console: Console) -> None:
     """Say what is about to be done."""
     cost, structure = prepared.gated.cost, prepared.gated.structure
-    wanted = f"target {settings.target}" if settings.targets is None else f"targets {shares(settings.targets)}"
+    targets = (settings.target,) if settings.targets is None else settings.targets
+    wanted = f"target{'s'[: len(targets) - 1]} {shares(targets)} {of(settings.metric)}"
+    limits = "".join(f", at most {limit} {of(metric)}" for metric, limit in settings.limits.items())
     _print(
         console,
         f"{settings.model.name} on {settings.data.name}: {millions(cost.total('macs'))} MACs, "
         f"{millions(cost.total('params'))} parameters, {structure.units} units in {len(structure.groups)} "
-        f"groups; {wanted} of the {settings.metric} (reachable: from {prepared.lowest:.3f}) by {settings.method}",
+        f"groups; {wanted} (reachable: from {prepared.lowest:.3f}){limits} by {settings.method}",
     )
 
 
@@ -113,7 +130,7 @@ def tell(result: Plain, metric: Metric, console: Console) -> None:
         console,
         f"target {result['target']}: {metric.label} {metric.show(result[metric.name])}, "
         f"{millions(result['macs'])} MACs, "
-        f"{millions(result['params'])} parameters, {result['achieved']:.4f} of the dense {result['metric']}",
+        f"{millions(result['params'])} parameters, {result['achieved']:.4f} {of(result['metric'])}",
     )
 
 
@@ -123,22 +140,33 @@ def report(settings: Settings, result: Plain, candidates: Sequence[Plain], conso
     A row per stage of the trial's only candidate, or one per candidate where `targets` asked for several.
     """
     metric = make_task(settings.task.name, **settings.task.arguments).metric
-    table = Table("", metric.label, "MACs", "params", f"share of {result['metric']}", title="validation")
+    timed = [MEASURED[0]] if "dense_predicted_latency_ms" in result else []
+    columns = [metric.label, "MACs", "params", *("predicted ms" for _ in timed), f"share of {result['metric']}"]
+    table = Table("", *columns, title="validation")
     if settings.targets is None:
         rows = [(label, result, stage) for stage, label in STAGES.items() if f"{stage}_macs" in result]
     else:
         rows = [("dense", result, "dense"), *((f"target {c['target']}", c, "finetuned") for c in candidates)]
-    for label, of, stage in rows:
-        share = of[f"{stage}_{of['metric']}"] / of[f"dense_{of['metric']}"]
-        counts = (millions(of[f"{stage}_macs"]), millions(of[f"{stage}_params"]))
-        table.add_row(label, metric.show(of[f"{stage}_{metric.name}"]), *counts, f"{share:.4f}")
+    for label, each, stage in rows:
+        priced = f"predicted_{each['metric']}" if each["metric"] in MEASURED else each["metric"]
+        share = each[f"{stage}_{priced}"] / each[f"dense_{priced}"]
+        counts = [millions(each[f"{stage}_macs"]), millions(each[f"{stage}_params"])]
+        counts += [f"{each[f'{stage}_predicted_{name}']:.3f}" for name in timed]
+        table.add_row(label, metric.show(each[f"{stage}_{metric.name}"]), *counts, f"{share:.4f}")
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
     if settings.targets is None:
-        _print(console, f"achieved {result['achieved']:.4f} of the dense {result['metric']}, asked {result['target']}")
+        _print(console, f"achieved {result['achieved']:.4f} {of(result['metric'])}, asked {result['target']}")
     elif metric.higher_is_better:
         _print(console, f"hypervolume beyond ({metric.label} 0, dense MACs): {result['hypervolume']:.4f}")
+    for candidate in (c for c in candidates if "latency_ms" in c):
+        _print(
+            console,
+            f"latency: {candidate['predicted_latency_ms']:.3f} ms predicted, {candidate['latency_ms']:.3f} ms measured "
+            f"(error {candidate['latency_relative_error']:+.1%}; dense {candidate['dense_latency_ms']:.3f} ms; "
+            f"{candidate['latency_condition']})",
+        )
     if result[f"test_{metric.name}"] is not None:
         tested = ", ".join(metric.show(c[f"test_{metric.name}"]) for c in candidates)
         _print(console, f"test {metric.label}, measured once: {tested}")
@@ -148,6 +176,11 @@ def report(settings: Settings, result: Plain, candidates: Sequence[Plain], conso
     # a file is never trusted to name what to import
     factory = "" if settings.model.name in models.names() else ", factory=<what makes the dense model>"
     _print(console, f"load it:   import nas_gate; model = nas_gate.load({str(result['path'])!r}{factory})")
+
+
+def of(metric: str) -> str:
+    """What a target of a metric counts, for people."""
+    return "ms of latency" if metric in MEASURED else f"of the dense {metric}"
 
 
 def millions(count: float) -> str:

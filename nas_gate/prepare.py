@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from rich.console import Console
 from torch import Tensor, nn
 
 from nas_gate import baselines, models
@@ -16,9 +20,12 @@ from nas_gate import data as datasets
 from nas_gate.analysis import attach
 from nas_gate.budgets import Budget, make_budget
 from nas_gate.errors import Refused
+from nas_gate.folders import file_name, held
 from nas_gate.gates import make_gate
 from nas_gate.gating import GatedModel
 from nas_gate.landing import choose, reachable
+from nas_gate.latency import batch
+from nas_gate.measuring import identify, measure_latency
 from nas_gate.settings import Plain, Settings
 from nas_gate.tasks import Task, make_task
 from nas_gate.training import Loader, connect, output_of, place, seed_everything
@@ -39,10 +46,14 @@ class Prepared:
     gated: GatedModel
     budget: Budget
     lowest: float
+    """What can be reached of the target's metric, as targets count it."""
 
 
-def prepare(settings: Settings) -> Prepared:
-    """Load, build and check everything, so that whatever can be refused is refused before any training."""
+def prepare(settings: Settings, cache_dir: Path | None = None, console: Console | None = None) -> Prepared:
+    """Load, build and check everything, so that whatever can be refused is refused before any training.
+
+    Where latency is a target or a limit, it is measured; the table is kept in `cache_dir`, where one is given.
+    """
     with refusing():
         fabric = connect(settings.hardware)
         task = make_task(settings.task.name, **settings.task.arguments)
@@ -51,7 +62,9 @@ def prepare(settings: Settings) -> Prepared:
         gate = make_gate(settings.gate.name, **settings.gate.arguments)
         budget = make_budget(settings.budget.name, settings.metric, **settings.budget.arguments)
         gated = attach(dense.eval(), example_input((data.in_channels, *data.image_size)), gate=gate)
-        lowest = reachable(gated.structure, settings.metric, settings.round_to)[0]
+        if settings.timed():
+            time_operations(settings, gated, timed_input(settings, data), fabric, cache_dir, console)
+        lowest = reachable(gated.structure, settings.metric, settings.round_to, latency=gated.cost.table)[0]
         decide(settings, gated, settings.legs()[-1].target)  # refuses what is out of reach
         try_task(task, dense, data)
     train, validation, test = (
@@ -79,7 +92,41 @@ def decide(settings: Settings, gated: GatedModel, target: float) -> Tensor:
         scores: Tensor = gated.gates.weight
     else:
         scores = baselines.score(settings.method, gated.structure, gated.model, settings.seed)
-    return choose(gated.structure, scores, target, settings.metric, settings.round_to)
+    limits, latency = settings.limits, gated.cost.table
+    return choose(gated.structure, scores, target, settings.metric, settings.round_to, limits=limits, latency=latency)
+
+
+def time_operations(
+    settings: Settings,
+    gated: GatedModel,
+    inputs: Tensor,
+    fabric: Fabric,
+    cache_dir: Path | None,
+    console: Console | None,
+) -> None:
+    """Give `gated` its latency table: measured now, or taken from the cache, where every machine has its own."""
+    threads = settings.latency.threads
+    if cache_dir is None:
+        gated.add_latency(measure_latency(gated, None, (inputs,), threads))
+        return
+
+    def tell(what: str, done: int, total: int) -> None:
+        if console is not None and done in (0, total // 2, total):
+            console.print(f"latency: {what}: {done} of {total}", soft_wrap=True, highlight=False)
+
+    identity = json.dumps(identify(gated, (inputs,), threads), sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    folder = cache_dir / f"latency-{file_name(settings.model.name)}-{digest}"
+    with held(folder, fabric, wait=True, console=console):
+        if fabric.is_global_zero:
+            measure_latency(gated, folder / "table.json", (inputs,), threads, tell)
+        fabric.barrier()
+        gated.add_latency(measure_latency(gated, folder / "table.json", (inputs,), threads, tell))
+
+
+def timed_input(settings: Settings, data: datasets.Data) -> Tensor:
+    """The batch whose latency is meant."""
+    return batch((data.in_channels, *data.image_size), settings.latency.batch)
 
 
 def try_task(task: Task, model: nn.Module, data: datasets.Data) -> None:

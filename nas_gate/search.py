@@ -26,17 +26,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adam
 
 from nas_gate import candidate
 from nas_gate.analysis import remove_with_proof
 from nas_gate.budgets import GateController
+from nas_gate.cost import MEASURED
 from nas_gate.folders import file_name, held, read_json, refuse_other_settings, write_json
+from nas_gate.measuring import fastest, on_processor
 from nas_gate.outcome import Stage, announce, announce_leg, combined, figures, named, report, tell
-from nas_gate.prepare import Prepared, decide, example_input, load_data, prepare, refusing, seeded_model
+from nas_gate.prepare import Prepared, decide, example_input, load_data, prepare, refusing, seeded_model, timed_input
 from nas_gate.removal import Removed
-from nas_gate.settings import Distillation, Gating, Leg, Named, Plain, Settings, describe, versions
+from nas_gate.settings import Distillation, Gating, Leg, Named, Plain, Settings, Timing, describe, versions
 from nas_gate.training import Controller, Epoch, distilled, evaluate, fit, optimiser, place
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "Moment",
     "Named",
     "Settings",
+    "Timing",
     "describe",
     "example_input",
     "load_data",
@@ -84,9 +87,13 @@ class Trial:
     console: Console | None
     on_epoch: EpochHook | None
 
-    def measured(self, name: str, module: nn.Module, macs: float, params: float) -> Stage:
-        """The stage `name`, with the validation accuracy of `module`."""
-        return Stage(name, validated(self.prepared, module), macs, params)
+    def measured(self, name: str, module: nn.Module, macs: float, params: float, keep: Tensor) -> Stage:
+        """The stage `name`, with the validation accuracy of `module` and the predicted latency of `keep`."""
+        cost = self.prepared.gated.cost
+        latency = (
+            None if cost.table is None else float(cost(keep.to(self.prepared.gated.gates.weight.device), MEASURED[0]))
+        )
+        return Stage(name, validated(self.prepared, module), macs, params, latency)
 
     def looking_on(self, stage: str, macs: Callable[[], float]) -> Callable[[Epoch], None] | None:
         """The hook for the epochs of a stage."""
@@ -115,6 +122,9 @@ def search(
     removal, `<stage>_accuracy`, `<stage>_macs` and `<stage>_params` of the stages dense, gated (not in baselines),
     landed and finetuned, `seconds_<stage>` of training, and `path`, the candidate's folder. `on_epoch` looks on. In
     other tasks than classification the metric's name stands for `accuracy` in all of these.
+    Where latency is a target or a limit also `latency_ms` and `dense_latency_ms` (measured on the finished candidate
+    and the dense network in turns), `predicted_latency_ms`, `latency_relative_error` (predicted / measured - 1),
+    `latency_condition`, and `<stage>_predicted_latency_ms`.
 
     With `settings.targets` each candidate has these files in its own folder, `target-0.5` (say) below `run_dir`. The
     results returned are then those of the last target, with the folders' names in `candidates` and the `hypervolume`
@@ -133,7 +143,7 @@ def search(
             report(settings, result, [read_json(run_dir / name / "result.json") for name in names], console)
         return result
 
-    prepared = prepare(settings)
+    prepared = prepare(settings, cache_dir, console)
     fabric, gated = prepared.fabric, prepared.gated
     if not fabric.is_global_zero:
         console = None
@@ -144,7 +154,8 @@ def search(
             announce(settings, prepared, console)
         history = train_dense(settings, prepared, cache_dir, console)
         accuracy = validated(prepared, prepared.dense)
-        dense = Stage("dense", accuracy, gated.cost.total("macs"), gated.cost.total("params"))
+        latency = None if gated.cost.table is None else gated.cost.total(MEASURED[0])
+        dense = Stage("dense", accuracy, gated.cost.total("macs"), gated.cost.total("params"), latency)
         gated.model.load_state_dict(prepared.dense.state_dict())
         trial = Trial(settings, prepared, run_dir, dense, history, console, on_epoch)
         if settings.targets is None:
@@ -179,18 +190,20 @@ def find(trial: Trial, leg: Leg, folder: Path) -> dict[str, Any]:
             histories["gated"] = train_gated(trial, leg)
             with torch.no_grad():
                 gated.eval()
-                macs, params = (float(gated.cost(gated.keep(), metric)) for metric in ("macs", "params"))
-            stages.append(trial.measured("gated", gated, macs, params))
+                keep = gated.keep()
+                macs, params = (float(gated.cost(keep, metric)) for metric in ("macs", "params"))
+            stages.append(trial.measured("gated", gated, macs, params, keep))
         removed = remove_with_proof(gated, decide(settings, gated, leg.target))
         place(removed.model, fabric, channels_last=settings.hardware.channels_last)
-        stages.append(trial.measured("landed", removed.model, removed.macs, removed.params))
+        stages.append(trial.measured("landed", removed.model, removed.macs, removed.params, removed.keep))
         histories["finetuned"] = fine_tune(trial, leg, removed, folder / "finetuned.pt")
-        stages.append(trial.measured("finetuned", removed.model, removed.macs, removed.params))
+        stages.append(trial.measured("finetuned", removed.model, removed.macs, removed.params, removed.keep))
         test = None
         if settings.test:
             test = evaluate(removed.model, prepared.test, fabric=fabric, task=prepared.task).accuracy
+        taken = time_networks(trial, removed) if settings.timed() and fabric.is_global_zero else None
         name = prepared.task.metric.name
-        result = named(figures(settings, leg, stages, histories, removed, test, folder / "candidate"), name)
+        result = named(figures(settings, leg, stages, histories, removed, test, taken, folder / "candidate"), name)
         if fabric.is_global_zero:
             _save(settings, prepared, removed, result)
             history = {k: [named(asdict(e), name) for e in v] for k, v in histories.items()}
@@ -202,6 +215,14 @@ def find(trial: Trial, leg: Leg, folder: Path) -> dict[str, Any]:
     if console is not None and several:
         tell(result, prepared.task.metric, console)
     return result
+
+
+def time_networks(trial: Trial, removed: Removed) -> tuple[float, float]:
+    """Milliseconds of latency, measured: of the dense network and of the candidate."""
+    settings, prepared = trial.settings, trial.prepared
+    networks = [on_processor(prepared.dense), on_processor(removed.model)]
+    dense, candidate = fastest(networks, (timed_input(settings, prepared.data),), {}, settings.latency.threads)
+    return dense, candidate
 
 
 def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console: Console | None = None) -> list[Epoch]:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from nas_gate.baselines import BASELINES
-from nas_gate.cost import check_metric
+from nas_gate.cost import MEASURED, check_budgets
 from nas_gate.training import Hardware, Recipe, require
 
 Plain = Mapping[str, Any]
@@ -62,14 +62,26 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """What "latency_ms" is the latency of: one batch of so many examples, on so many of the processor's threads."""
+
+    batch: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 1, "`latency.batch >= 1` must hold", self.batch)
+        require(self.threads >= 1, "`latency.threads >= 1` must hold", self.threads)
+
+
+@dataclass(frozen=True)
 class Leg:
     """The way to one target: over the cycle's epochs `begin` to `end` (exclusive) gates take the cost there.
 
-    The goal descends from the share `above` to `target`. At `end` the network is cut for this target, and the small
-    one is trained over the rest of the cycle. Without gates `begin` and `end` are 0.
+    The goal descends from `above`, the target before (None: from the dense cost), to `target`. At `end` the network is
+    cut for this target, and the small one is trained over the rest of the cycle. Without gates `begin` and `end` are 0.
     """
 
-    above: float
+    above: float | None
     target: float
     begin: int
     end: int
@@ -79,13 +91,14 @@ class Leg:
 class Settings:
     """All that determines a trial's result.
 
-    `target` is the wanted share of the dense network's `metric` ("macs" or "params"), in (0, 1); `targets`, strictly
-    descending, takes its place where one trial shall give several candidates. Counts of kept units are multiples of
-    `round_to` where they can be. `dense` trains the network with all units, `cycle` the gated and then the small one;
-    the first `gating.epochs` of the cycle are the gated ones. `method` is one of METHODS; those without gates cut the
-    dense network and train the small one over the whole cycle: as many epochs, on the same schedule. With `test`, a
-    candidate's accuracy on the test set is measured, once, at its last epoch. `task` says what is learned and measured
-    (see `nas_gate.tasks`).
+    `target` is the wanted share of the dense network's `metric` ("macs" or "params"), in (0, 1), or milliseconds of
+    "latency_ms", as `latency` says; `targets`, strictly descending, takes its place where one trial shall give several
+    candidates. Each candidate meets `limits`, too: {metric: the most of it, as a target of that metric}. Counts of
+    kept units are multiples of `round_to` where they can be. `dense` trains the network with all units, `cycle` the
+    gated and then the small one; the first `gating.epochs` of the cycle are the gated ones. `method` is one of
+    METHODS; those without gates cut the dense network and train the small one over the whole cycle: as many epochs, on
+    the same schedule. With `test`, a candidate's accuracy on the test set is measured, once, at its last epoch. `task`
+    says what is learned and measured (see `nas_gate.tasks`).
     """
 
     model: Named
@@ -101,6 +114,8 @@ class Settings:
     target: float = TARGET
     targets: tuple[float, ...] | None = None
     metric: str = "macs"
+    limits: Mapping[str, float] = field(default_factory=dict)
+    latency: Timing = field(default_factory=Timing)
     round_to: int = 1
     seed: int = 0
     test: bool = True
@@ -108,10 +123,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         require(self.method in METHODS, f"`method` must be one of {METHODS}", self.method)
-        require(0 < self.target < 1, "`0 < target < 1` must hold for the share of the dense cost", self.target)
         if self.targets is not None:
             self._check_targets(self.targets)
-        check_metric(self.metric)
+        for target in (self.target,) if self.targets is None else self.targets:
+            check_budgets(target, self.metric, self.limits)
         require(self.round_to >= 1, "`round_to >= 1` must hold", self.round_to)
         require(self.seed >= 0, "`seed >= 0` must hold", self.seed)
         require(
@@ -122,7 +137,6 @@ class Settings:
 
     def _check_targets(self, targets: tuple[float, ...]) -> None:
         require(len(targets) > 0, "`targets` must hold at least one share of the dense cost", targets)
-        require(all(0 < t < 1 for t in targets), "`0 < target < 1` must hold for each of `targets`", targets)
         require(
             all(low < high for high, low in pairwise(targets)),
             "`targets` must descend strictly: one gated training goes from each to the next",
@@ -142,7 +156,11 @@ class Settings:
         targets = (self.target,) if self.targets is None else self.targets
         gated = self.gating.epochs if self.method == "gates" else 0
         ends = [gated * k // len(targets) for k in range(len(targets) + 1)]
-        return tuple(Leg(*leg) for leg in zip((1.0, *targets), targets, ends, ends[1:]))
+        return tuple(Leg(*leg) for leg in zip((None, *targets), targets, ends, ends[1:]))
+
+    def timed(self) -> bool:
+        """Whether the target or a limit is one of latency."""
+        return any(metric in MEASURED for metric in (self.metric, *self.limits))
 
     def epochs(self) -> int:
         """All epochs of the cycle that the trial trains: gated ones, and those of every candidate."""

@@ -285,7 +285,7 @@ def test_unknown_metric(structure: Structure) -> None:
         lambda: cost.share(torch.ones(16), "flops"),
         lambda: nas_gate.reachable(structure, "flops"),
     ):
-        with pytest.raises(ValueError, match=r"one of macs, params, but is 'flops'"):
+        with pytest.raises(ValueError, match=r"one of macs, params, latency_ms, but is 'flops'"):
             call()
 
 

@@ -541,7 +541,7 @@ def test_refused_arguments_of_the_penalty() -> None:
         penalty(gated, target=0.5, power=3)
     with pytest.raises(ValueError, match=r"got weight=-1\.0"):
         penalty(gated, target=0.5, weight=-1.0)
-    with pytest.raises(ValueError, match="one of macs, params, but is 'latency'"):
+    with pytest.raises(ValueError, match="one of macs, params, latency_ms, but is 'latency'"):
         penalty(gated, target=0.5, metric="latency")
 
 

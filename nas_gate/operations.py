@@ -1,0 +1,260 @@
+"""The operations that a network runs, and how their sizes depend on its open units: read off smaller networks.
+
+Every group of units is thinned out in turn, the smaller network is run, and the shapes and sizes of its operations
+are compared with the dense network's. So any operation is known, whatever rules say about it: convolutions and matrix
+products, norms, activations, additions, concatenations. A random network checks at the end that what was found holds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
+
+from nas_gate.removal import cut_model, cut_of
+from nas_gate.structure import Axis, Structure
+from nas_gate.structure.trace import mode_of, unchanged
+
+POINTS = 5
+"""Grid points of a width: with all combinations of two, 25."""
+
+MOST_WIDTHS = 2
+"""An operation with more widths is measured at equal shares of all of them only, as a function of their sum."""
+
+Ints = npt.NDArray[np.int64]
+Progress = Callable[[str, int, int], None]
+"""Told of work that takes its time: what, how much of it is done, of how much in all."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A tensor argument: its shape, its dimensions from the slowest to the quickest in memory, its type."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One operation of one run: where it stands, and its arguments with tensors as `Sizes`."""
+
+    key: tuple[str, str, int]
+    """The module that ran it, its name, and how often that module had run it before."""
+    op: Any
+    leaves: tuple[Any, ...]
+    spec: Any
+
+    def numbers(self) -> Ints:
+        """All sizes and whole numbers among the arguments in order."""
+        return np.array([n for leaf in self.leaves for n in _numbers(leaf)], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Sized:
+    """One operation with its arguments as functions of its widths: number = offset + factor * its width."""
+
+    ran: Ran
+    widths: tuple[Axis, ...]
+    lowest: tuple[int, ...]
+    highest: tuple[int, ...]
+    offset: tuple[int, ...]
+    factor: tuple[int, ...]
+    width: tuple[int, ...]
+    """The index of the width that each number depends on; -1 for a number that depends on none."""
+    needs: tuple[int, ...]
+
+    def name(self) -> str:
+        """The operation with its sizes, equal for equal ones; widths are a, b, ..."""
+        numbers = [
+            str(o) if w < 0 else f"{o}+{f}{chr(97 + w)}" if o else f"{f}{chr(97 + w)}" if f > 1 else chr(97 + w)
+            for o, f, w in zip(self.offset, self.factor, self.width)
+        ]
+        told = [f"{chr(97 + i)}={a}..{b}" for i, (a, b) in enumerate(zip(self.lowest, self.highest))]
+        return " ".join([f"{self.ran.op}({_told(self.ran.leaves, numbers)})", *told])
+
+    def points(self) -> tuple[tuple[tuple[int, ...], ...], list[tuple[int, ...]]]:
+        """The grid points along every axis, and the widths at all of their combinations in C order."""
+        each = [_points(a, b) for a, b in zip(self.lowest, self.highest)]
+        if len(each) <= MOST_WIDTHS:
+            return tuple(each), [tuple(c) for c in _product(each)]
+        parts = np.linspace(0, 1, POINTS)
+        low, high = np.array(self.lowest), np.array(self.highest)
+        together = list(dict.fromkeys(tuple(np.rint(low + p * (high - low)).astype(int).tolist()) for p in parts))
+        return (tuple(sum(c) for c in together),), together
+
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of `points` as functions of the open units."""
+        if len(self.widths) <= MOST_WIDTHS:
+            return self.widths
+        total: Counter[int] = Counter()
+        for width in self.widths:
+            total.update(dict(width.groups))
+        return (Axis(0, tuple(sorted(total.items()))),)
+
+    def call(self, widths: Sequence[int]) -> Callable[[], Any]:
+        """The operation on tensors of ones, ready to be run, at these widths."""
+        numbers = iter(o if w < 0 else o + f * widths[w] for o, f, w in zip(self.offset, self.factor, self.width))
+        args, kwargs = pytree.tree_unflatten([_made(leaf, numbers) for leaf in self.ran.leaves], self.ran.spec)
+        return partial(self.ran.op, *args, **kwargs)
+
+
+def read(
+    model: nn.Module, structure: Structure, args: Sequence[Any], kwargs: Mapping[str, Any], progress: Progress
+) -> list[Sized]:
+    """All operations that the model runs on its example inputs in evaluation mode, but views, which move nothing.
+
+    Raises ValueError where sizes are no whole multiples of open units.
+    """
+    dense = run(model, args, kwargs)
+    numbers = {ran.key: ran.numbers() for ran in dense}
+    slopes = {key: np.zeros((len(n), len(structure.groups)), dtype=np.int64) for key, n in numbers.items()}
+    needs: dict[tuple[str, str, int], list[int]] = {ran.key: [] for ran in dense}
+    for index, group in enumerate(structure.groups):
+        progress("reading operations", index, len(structure.groups))
+        closed = max(1, group.size // 2)
+        keep = torch.ones(structure.units, dtype=torch.bool)
+        keep[group.start : group.start + closed] = False
+        small = {ran.key: ran.numbers() for ran in run(cut_model(model, cut_of(structure, keep)), args, kwargs)}
+        for key, before in numbers.items():
+            if key not in small:
+                needs[key].append(index)
+                continue
+            _alike(key, before, small[key])
+            slopes[key][:, index], rest = np.divmod(before - small[key], closed)
+            _require(not rest.any(), key, f"does not shrink by whole slots with the units of {group.name}")
+            _require((slopes[key] >= 0).all(), key, f"grows while units of {group.name} go")
+    _check(model, structure, args, kwargs, numbers, slopes)
+    sizes = np.array([g.size for g in structure.groups])
+    return [_sized(ran, slopes[ran.key], sizes, tuple(needs[ran.key])) for ran in dense]
+
+
+def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Ran]:
+    """The operations of one run of the model in evaluation mode, in order, without views."""
+    recorder = _Recorder()
+    with unchanged(model), mode_of(model, training=False), torch.no_grad(), recorder.modules, recorder:
+        model(*args, **kwargs)
+    return recorder.ran
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules = ModuleTracker()
+        self.ran: list[Ran] = []
+        self._seen: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            leaves, spec = pytree.tree_flatten((args, kwargs or {}))
+            where = max(self.modules.parents, key=len), str(func)
+            self.ran.append(Ran((*where, self._seen[where]), func, tuple(map(_leaf, leaves)), spec))
+            self._seen[where] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _leaf(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    order = sorted(range(leaf.dim()), key=leaf.stride, reverse=True)
+    return Sizes(tuple(leaf.shape), tuple(order), leaf.dtype)
+
+
+def _numbers(leaf: Any) -> tuple[int, ...]:
+    if isinstance(leaf, Sizes):
+        return leaf.shape
+    return (leaf,) if isinstance(leaf, int) and not isinstance(leaf, bool) else ()
+
+
+def _made(leaf: Any, numbers: Any) -> Any:
+    """The argument with its sizes taken from `numbers`. Integers are 0, which is a valid index everywhere."""
+    if isinstance(leaf, Sizes):
+        shape = [next(numbers) for _ in leaf.shape]
+        value = 1 if leaf.dtype.is_floating_point or leaf.dtype.is_complex else 0
+        return torch.empty_permuted(shape, leaf.order, dtype=leaf.dtype).fill_(value)
+    return next(numbers) if _numbers(leaf) else leaf
+
+
+def _told(leaves: Sequence[Any], numbers: Sequence[str]) -> str:
+    left, told = iter(numbers), []
+    for leaf in leaves:
+        if isinstance(leaf, Sizes):
+            order = "" if leaf.order == tuple(range(len(leaf.order))) else f"@{''.join(map(str, leaf.order))}"
+            told.append(f"{str(leaf.dtype).removeprefix('torch.')}[{','.join(next(left) for _ in leaf.shape)}]{order}")
+        else:
+            told.append(next(left) if _numbers(leaf) else str(leaf))
+    return ", ".join(told)
+
+
+def _points(low: int, high: int) -> tuple[int, ...]:
+    """Quarters of the highest width, which are multiples of what hardware likes where it is, and the lowest."""
+    inner = (round(high * i / (POINTS - 1)) for i in range(1, POINTS - 1))
+    return tuple(sorted({low, high, *(p for p in inner if low < p < high)}))
+
+
+def _product(axes: Sequence[Sequence[int]]) -> list[list[int]]:
+    return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes)).tolist() if axes else [[]]
+
+
+def _sized(ran: Ran, slopes: Ints, sizes: Ints, needs: tuple[int, ...]) -> Sized:
+    """Numbers whose slopes are multiples of one another share a width."""
+    known: dict[tuple[int, ...], int] = {}
+    width, factor, offset = [], [], []
+    for number, slope in zip(ran.numbers().tolist(), slopes):
+        common = int(np.gcd.reduce(slope)) if slope.any() else 0
+        width.append(known.setdefault(tuple((slope // common).tolist()), len(known)) if common else -1)
+        factor.append(common)
+        offset.append(number - int(slope @ sizes))
+    directions = [np.array(d, dtype=np.int64) for d in known]
+    return Sized(
+        ran,
+        tuple(Axis(0, tuple((int(g), int(d[g])) for g in np.flatnonzero(d))) for d in directions),
+        tuple(int(d.sum()) for d in directions),
+        tuple(int(d @ sizes) for d in directions),
+        tuple(offset),
+        tuple(factor),
+        tuple(width),
+        needs,
+    )
+
+
+def _check(
+    model: nn.Module,
+    structure: Structure,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    numbers: Mapping[tuple[str, str, int], Ints],
+    slopes: Mapping[tuple[str, str, int], Ints],
+) -> None:
+    """Raise ValueError unless a random network runs operations of the sizes that were found."""
+    random = np.random.default_rng(0)
+    keep = torch.from_numpy(random.random(structure.units) < 0.5)
+    for group in structure.groups:
+        keep[group.stop - 1] = True
+    closed = np.array([g.size for g in structure.groups]) - structure.open_units(keep)
+    for ran in run(cut_model(model, cut_of(structure, keep)), args, kwargs):
+        if ran.key in numbers:
+            _alike(ran.key, numbers[ran.key], ran.numbers())
+            expected = numbers[ran.key] - slopes[ran.key] @ closed
+            _require((expected == ran.numbers()).all(), ran.key, "has sizes that are no sums of open units")
+
+
+def _alike(key: tuple[str, str, int], before: Ints, after: Ints) -> None:
+    _require(len(before) == len(after), key, "takes other arguments in a smaller network")
+
+
+def _require(condition: bool | np.bool_, key: tuple[str, str, int], what: str) -> None:
+    if not condition:
+        raise ValueError(f"the latency of every operation must follow from its widths, but {key[1]} in {key[0]} {what}")
