@@ -12,6 +12,7 @@ from nas_gate.gates import GATES, SHAPES, TrainableGate, make_gate
 from nas_gate.gating import GatedModel, Lagrangian, penalty
 from nas_gate.inspect import describe, to_json
 from nas_gate.landing import reachable
+from nas_gate.modules import Choice
 from nas_gate.removal import MENDS, RemovalError, Removed
 from nas_gate.structure import RULES, Structure
 
@@ -22,6 +23,7 @@ __all__ = [
     "MENDS",
     "RULES",
     "SHAPES",
+    "Choice",
     "CostModel",
     "GatedModel",
     "Lagrangian",

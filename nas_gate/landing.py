@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -10,25 +10,30 @@ import torch
 from torch import Tensor
 
 from nas_gate.cost import CostModel, check_metric
-from nas_gate.structure import Structure
+from nas_gate.structure import WIDTH, Structure
+
+Ints = npt.NDArray[np.int64]
 
 
-def least_units(structure: Structure, round_to: int = 1, minimum: int | Mapping[str, int] = 1) -> npt.NDArray[np.int64]:
-    """The fewest open units of every group, shape (groups,): `minimum` (one number, or by group name), rounded up."""
+def least_units(structure: Structure, round_to: int = 1, minimum: int | Mapping[str, int] = 1) -> Ints:
+    """The fewest open units of every group, shape (groups,): `minimum` (one number, or by group name), rounded up.
+
+    One number is for the groups that must keep units for the network to stay whole; a branch is held open by name.
+    """
     names = {g.name for g in structure.groups}
     if isinstance(minimum, Mapping):
         if strange := sorted(set(minimum) - names):
             raise ValueError(f"minimum must name groups, but there is no {strange[0]!r}; groups: {sorted(names)}")
-        wanted = [minimum.get(g.name, 1) for g in structure.groups]
+        wanted = [minimum.get(g.name, g.least) for g in structure.groups]
     else:
-        wanted = [minimum] * len(structure.groups)
-    if round_to < 1 or any(w < 1 for w in wanted):
+        wanted = [minimum * g.least for g in structure.groups]
+    if round_to < 1 or any(w < 1 for w in (minimum.values() if isinstance(minimum, Mapping) else [minimum])):
         raise ValueError(f"`round_to >= 1` and `minimum >= 1` must hold, but got {round_to=}, {minimum=}")
     sizes = np.array([g.size for g in structure.groups], dtype=np.int64)
     return _rounded(np.minimum(np.array(wanted, dtype=np.int64), sizes), round_to, sizes)
 
 
-def _rounded(counts: npt.NDArray[np.int64], round_to: int, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _rounded(counts: Ints, round_to: int, sizes: Ints) -> Ints:
     """Counts rounded up to a multiple, at most the group's size."""
     return np.minimum(-(-counts // round_to) * round_to, sizes)
 
@@ -36,11 +41,15 @@ def _rounded(counts: npt.NDArray[np.int64], round_to: int, sizes: npt.NDArray[np
 def reachable(
     structure: Structure, metric: str = "macs", round_to: int = 1, minimum: int | Mapping[str, int] = 1
 ) -> tuple[float, float]:
-    """The lowest and highest share of the dense cost that a keep vector can have."""
+    """The lowest and highest share of the dense cost that a keep vector can have.
+
+    The highest is 1 but for choices with candidates that cost more than the first.
+    """
     check_metric(metric)
     cost = CostModel(structure)
-    least = torch.from_numpy(least_units(structure, round_to, minimum)).double()
-    return float(cost.of_counts(least, metric)) / cost.total(metric), 1.0
+    ends = (least_units(structure, round_to, minimum), min), (_sizes(structure), max)
+    low, high = (_Prices(cost, metric, counts, extreme).total for counts, extreme in ends)
+    return low / cost.total(metric), high / cost.total(metric)
 
 
 def choose(
@@ -55,7 +64,10 @@ def choose(
 
     Units close in ascending order of `scores`, shape (units,), until the target is met: opening the unit that was
     closed last would exceed it (with `round_to`, the last block of units). Every group keeps at least `minimum`
-    units and a multiple of `round_to`, its highest scores. Raises ValueError where the target is out of reach.
+    units and a multiple of `round_to`, its highest scores; a choice keeps its highest candidate, and changes to a
+    cheaper one when units with a score as high as the difference of the two candidates' scores close. Where a branch
+    or a candidate is what closes last, units of lower scores open again as far as the target allows. Raises
+    ValueError where the target is out of reach.
     """
     if not 0 < target < 1:
         raise ValueError(f"`0 < target < 1` must hold for the wanted share of the dense cost, but got target={target}")
@@ -64,32 +76,107 @@ def choose(
     values = scores.detach().double().cpu().numpy()
     if not np.isfinite(values).all():
         raise ValueError(f"scores must be finite, but {int((~np.isfinite(values)).sum())} of {len(values)} are not")
-    lowest, _ = reachable(structure, metric, round_to, minimum)
+    lowest, highest = reachable(structure, metric, round_to, minimum)
     if target < lowest:
         raise ValueError(
-            f"target={target} is below what is reachable: the share of {metric} can lie between {lowest:.4f} and 1 "
-            f"({round_to=}, {minimum=}, {len(structure.groups)} groups)"
+            f"target={target} is below what is reachable: the share of {metric} can lie between {lowest:.4f} and "
+            f"{highest:.4g} ({round_to=}, {minimum=}, {len(structure.groups)} groups)"
         )
     cost = CostModel(structure)
     total = cost.total(metric)
-    sizes = np.array([g.size for g in structure.groups], dtype=np.int64)
-    group = structure.group_of_unit()
+    sizes, group = _sizes(structure), structure.group_of_unit()
     least = least_units(structure, round_to, minimum)
-    ascending = np.argsort(values, kind="stable")
+    steps, of_choice = _steps(structure, values, cost, metric, least)
 
-    def counts(closed: int) -> npt.NDArray[np.int64]:
-        left = sizes - np.bincount(group[ascending[:closed]], minlength=len(sizes))
-        return np.maximum(_rounded(left, round_to, sizes), least)
+    def counts(done: Ints) -> Ints:
+        """Open units of every group after some steps."""
+        closing = done[of_choice[done] < 0]
+        left = sizes - np.bincount(group[closing], minlength=len(sizes))
+        left = np.maximum(_rounded(left, round_to, sizes), least)
+        for index, choice in enumerate(structure.choices):
+            units = np.array(choice.units)
+            opened = done[of_choice[done] == index]
+            left[group[units]] = 0
+            left[group[opened[-1] if len(opened) else units[values[units].argmax()]]] = 1
+        return left
 
-    def fits(closed: int) -> bool:
-        return float(cost.of_counts(torch.from_numpy(counts(closed)).double(), metric)) / total <= target
+    def fits(done: Ints) -> bool:
+        return float(cost.of_counts(torch.from_numpy(counts(done)).double(), metric)) / total <= target
 
-    low, high = 0, len(values)  # the cost falls with the number of closed units
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    def first(high: int, then: Ints) -> int:
+        """The fewest steps, at most `high`, that meet the target together with `then`."""
+        low = 0
+        while low < high:  # with `high` steps it is met; with one step less than those found it is not
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(np.append(steps[:middle], then)) else (middle + 1, high)
+        return low
+
+    done, then = first(len(steps), steps[:0]), steps[:0]
+    while done and structure.groups[group[steps[done - 1]]].kind != WIDTH:
+        then = np.append(steps[done - 1], then)
+        done = first(done - 1, then)
     keep = np.zeros(len(values), dtype=bool)
-    for g, n in zip(structure.groups, counts(low)):
+    for g, n in zip(structure.groups, counts(np.append(steps[:done], then))):
         best = np.argsort(-values[g.start : g.stop], kind="stable")[:n]
         keep[g.start + best] = True
     return torch.from_numpy(keep)
+
+
+def _sizes(structure: Structure) -> Ints:
+    return np.array([g.size for g in structure.groups], dtype=np.int64)
+
+
+class _Prices:
+    """What the network costs with each candidate of every choice, all other choices at their `extreme` (min or max).
+
+    `of` has the costs of every choice's candidates, `total` is the cost at the extreme of all. `counts` are the open
+    units of every group; those of choices do not matter.
+    """
+
+    def __init__(self, cost: CostModel, metric: str, counts: Ints, extreme: Callable[[Iterable[float]], float]) -> None:
+        structure, group = cost.structure, cost.structure.group_of_unit()
+        counts = counts.copy()
+        for choice in structure.choices:  # open, so that what is inside of a candidate is seen from there
+            counts[group[list(choice.units)]] = 1
+        self.of: dict[str, list[float]] = {}
+        for choice in sorted(structure.choices, key=lambda c: len(c.path), reverse=True):  # the innermost first
+            of = self.of[choice.path] = []
+            for unit in choice.units:
+                counts[group[list(choice.units)]] = 0
+                counts[group[unit]] = 1
+                of.append(float(cost.of_counts(torch.from_numpy(counts).double(), metric)))
+            counts[group[list(choice.units)]] = 0
+            counts[group[choice.units[of.index(extreme(of))]]] = 1
+        self.total = float(cost.of_counts(torch.from_numpy(counts).double(), metric))
+
+
+def _steps(
+    structure: Structure, scores: npt.NDArray[np.float64], cost: CostModel, metric: str, least: Ints
+) -> tuple[Ints, Ints]:
+    """The steps by which the cost falls, in order, as units; and every unit's choice, -1 for none.
+
+    A unit of a choice opens in place of the one before, all others close. A choice goes from its highest score to the
+    highest that costs less (all else open), and so on, to the one that costs least when all else is closed.
+    """
+    of_choice = np.full(structure.units, -1, dtype=np.int64)
+    units: list[int] = []
+    keys: list[float] = []
+    dear, cheap = (_Prices(cost, metric, counts, min).of for counts in (_sizes(structure), least))
+    for index, choice in enumerate(structure.choices):
+        mine = np.array(choice.units)
+        of_choice[mine] = index
+        order = np.argsort(-scores[mine], kind="stable")
+        prices, present = dear[choice.path], order[0]
+        last = int(np.argmin(cheap[choice.path]))
+        for candidate in order[1:]:
+            if prices[candidate] < prices[present]:
+                present = candidate
+                units.append(int(mine[candidate]))
+                keys.append(float(scores[mine[order[0]]] - scores[mine[candidate]]))
+        if present != last:
+            units.append(int(mine[last]))
+            keys.append(np.inf)
+    alone = np.flatnonzero(of_choice < 0)
+    all_units = np.append(alone, np.array(units, dtype=np.int64))
+    order = np.argsort(np.append(scores[alone], keys), kind="stable")
+    return all_units[order], of_choice
