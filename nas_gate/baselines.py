@@ -27,7 +27,7 @@ def score(method: str, structure: Structure, model: nn.Module, seed: int = 0) ->
     """The score of every unit of `structure` under a method of BASELINES, shape (units,), float64; high ones stay.
 
     `model` holds the trained weights; only "random" looks at `seed`. The other methods know width only: branches and
-    the first candidate of every choice get scores above all widths, so that they close where nothing else is left.
+    the first candidates of choices get scores above all widths, so that they close where nothing else is left.
     Raises ValueError for an unknown method, and where a method finds nothing to score by.
     """
     if method not in BASELINES:
@@ -36,7 +36,7 @@ def score(method: str, structure: Structure, model: nn.Module, seed: int = 0) ->
     if method != "random":
         wide = np.array([g.kind == WIDTH for g in structure.groups], dtype=bool)[structure.group_of_unit()]
         top = values[wide].max(initial=0.0) + 1
-        values = np.where(wide, values, np.where(structure.dense().numpy(), top, top - 1))
+        values = np.where(wide, values, np.where(structure.dense().numpy(), top, -top))
     return torch.from_numpy(values)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -64,10 +66,10 @@ def choose(
 
     Units close in ascending order of `scores`, shape (units,), until the target is met: opening the unit that was
     closed last would exceed it (with `round_to`, the last block of units). Every group keeps at least `minimum`
-    units and a multiple of `round_to`, its highest scores; a choice keeps its highest candidate, and changes to a
-    cheaper one when units with a score as high as the difference of the two candidates' scores close. Where a branch
-    or a candidate is what closes last, units of lower scores open again as far as the target allows. Raises
-    ValueError where the target is out of reach.
+    units and a multiple of `round_to`, its highest scores. Of a choice the candidate of the highest score is open, a
+    dearer or cheaper one where the target demands it (see `_steps`). Where a branch or a candidate is what closes
+    last, units of lower scores open again as far as the target allows. Raises ValueError where the target is out of
+    reach; one above what is reachable leaves all open.
     """
     if not 0 < target < 1:
         raise ValueError(f"`0 < target < 1` must hold for the wanted share of the dense cost, but got target={target}")
@@ -86,18 +88,18 @@ def choose(
     total = cost.total(metric)
     sizes, group = _sizes(structure), structure.group_of_unit()
     least = least_units(structure, round_to, minimum)
-    steps, of_choice = _steps(structure, values, cost, metric, least)
+    sequence = _steps(structure, values, cost, metric, least)
+    steps = sequence.units
 
     def counts(done: Ints) -> Ints:
         """Open units of every group after some steps."""
-        closing = done[of_choice[done] < 0]
+        closing = done[sequence.choice[done] < 0]
         left = sizes - np.bincount(group[closing], minlength=len(sizes))
         left = np.maximum(_rounded(left, round_to, sizes), least)
         for index, choice in enumerate(structure.choices):
-            units = np.array(choice.units)
-            opened = done[of_choice[done] == index]
-            left[group[units]] = 0
-            left[group[opened[-1] if len(opened) else units[values[units].argmax()]]] = 1
+            opened = done[sequence.choice[done] == index]
+            left[group[list(choice.units)]] = 0
+            left[group[opened[-1] if len(opened) else sequence.start[index]]] = 1
         return left
 
     def fits(done: Ints) -> bool:
@@ -150,33 +152,53 @@ class _Prices:
         self.total = float(cost.of_counts(torch.from_numpy(counts).double(), metric))
 
 
-def _steps(
-    structure: Structure, scores: npt.NDArray[np.float64], cost: CostModel, metric: str, least: Ints
-) -> tuple[Ints, Ints]:
-    """The steps by which the cost falls, in order, as units; and every unit's choice, -1 for none.
+@dataclass(frozen=True)
+class _Steps:
+    """The steps by which the cost falls, in order, as units: of width or depth they close, of a choice they open.
 
-    A unit of a choice opens in place of the one before, all others close. A choice goes from its highest score to the
-    highest that costs less (all else open), and so on, to the one that costs least when all else is closed.
+    `choice` is every unit's choice (-1 for none), `start` the unit of every choice that is open before all steps.
+    """
+
+    units: Ints
+    choice: Ints
+    start: tuple[int, ...]
+
+
+def _steps(structure: Structure, scores: npt.NDArray[np.float64], cost: CostModel, metric: str, least: Ints) -> _Steps:
+    """Every unit's step at its score; those of a choice where another candidate opens.
+
+    A choice's best candidate is that of the highest score. From there the next cheaper one (all else open) of the
+    highest score follows, and so on; and so do dearer ones before it. Such a change stands where the units close
+    whose score is as far from 0 as the candidate's is from the best. When nothing else is left to close, the one
+    that costs least then is open.
     """
     of_choice = np.full(structure.units, -1, dtype=np.int64)
     units: list[int] = []
     keys: list[float] = []
+    start: list[int] = []
     dear, cheap = (_Prices(cost, metric, counts, min).of for counts in (_sizes(structure), least))
     for index, choice in enumerate(structure.choices):
         mine = np.array(choice.units)
         of_choice[mine] = index
-        order = np.argsort(-scores[mine], kind="stable")
-        prices, present = dear[choice.path], order[0]
-        last = int(np.argmin(cheap[choice.path]))
-        for candidate in order[1:]:
-            if prices[candidate] < prices[present]:
-                present = candidate
-                units.append(int(mine[candidate]))
-                keys.append(float(scores[mine[order[0]]] - scores[mine[candidate]]))
-        if present != last:
+        best, *others = np.argsort(-scores[mine], kind="stable").tolist()
+        prices = dear[choice.path]
+        dearer, cheaper = [best], [best]
+        for candidate in others:
+            if prices[candidate] > prices[dearer[-1]]:
+                dearer.append(candidate)
+            if prices[candidate] < prices[cheaper[-1]]:
+                cheaper.append(candidate)
+        margin = scores[mine] - scores[mine[best]]
+        for before, after in pairwise(reversed(dearer)):
+            units.append(int(mine[after]))
+            keys.append(float(margin[before]))
+        for after in cheaper[1:]:
+            units.append(int(mine[after]))
+            keys.append(-float(margin[after]))
+        if cheaper[-1] != (last := int(np.argmin(cheap[choice.path]))):
             units.append(int(mine[last]))
             keys.append(np.inf)
+        start.append(int(mine[dearer[-1]]))
     alone = np.flatnonzero(of_choice < 0)
-    all_units = np.append(alone, np.array(units, dtype=np.int64))
     order = np.argsort(np.append(scores[alone], keys), kind="stable")
-    return all_units[order], of_choice
+    return _Steps(np.append(alone, np.array(units, dtype=np.int64))[order], of_choice, tuple(start))

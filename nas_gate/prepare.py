@@ -47,7 +47,8 @@ def prepare(settings: Settings) -> Prepared:
         dense, model_arguments = seeded_model(settings, data.in_channels, data.num_classes)
         gate = make_gate(settings.gate.name, **settings.gate.arguments)
         budget = make_budget(settings.budget.name, settings.metric, **settings.budget.arguments)
-        gated = attach(dense.eval(), example_input((data.in_channels, *data.image_size)), gate=gate)
+        example = example_input((data.in_channels, *data.image_size))
+        gated = attach(dense.eval(), example, gate=gate, depth=settings.depth)
         lowest = reachable(gated.structure, settings.metric, settings.round_to)[0]
         decide(settings, gated, settings.legs()[-1].target)  # refuses what is out of reach
     train, validation, test = (

@@ -81,7 +81,8 @@ class Settings:
     `round_to` where they can be. `dense` trains the network with all units, `cycle` the gated and then the small one;
     the first `gating.epochs` of the cycle are the gated ones. `method` is one of METHODS; those without gates cut the
     dense network and train the small one over the whole cycle: as many epochs, on the same schedule. With `test`, a
-    candidate's accuracy on the test set is measured, once, at its last epoch.
+    candidate's accuracy on the test set is measured, once, at its last epoch. With `depth`, residual branches are
+    units, too.
     """
 
     model: Named
@@ -98,6 +99,7 @@ class Settings:
     targets: tuple[float, ...] | None = None
     metric: str = "macs"
     round_to: int = 1
+    depth: bool = False
     seed: int = 0
     test: bool = True
 

@@ -256,14 +256,14 @@ def _is_leaf(graph: Graph, argument: Any) -> bool:
 
 
 def _modules(graph: Graph, names: _Names, inside: set[int]) -> list[str]:
-    """The outermost modules all of whose operations that matter lie inside the branch."""
+    """The outermost modules that ran and all of whose operations that matter lie inside the branch."""
     candidates: set[str] = set()
     outside: set[str] = set()
     for i in graph.live():
         node = graph.nodes[i]
         if node.leaf is None:
             (candidates if i in inside else outside).update(_upwards(node.where))
-    whole = candidates - outside - {""}
+    whole = (candidates & graph.tuples.keys()) - outside - {""}
     result = [path for path in whole if not any(parent in whole for parent in _upwards(path) if parent != path)]
     return sorted(result)
 
