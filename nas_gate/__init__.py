@@ -14,6 +14,7 @@ from nas_gate.inspect import describe, to_json
 from nas_gate.landing import reachable
 from nas_gate.latency_table import LatencyTable
 from nas_gate.measuring import measure_latency
+from nas_gate.modules import Choice
 from nas_gate.removal import MENDS, RemovalError, Removed
 from nas_gate.structure import RULES, Structure
 
@@ -24,6 +25,7 @@ __all__ = [
     "MENDS",
     "RULES",
     "SHAPES",
+    "Choice",
     "CostModel",
     "GatedModel",
     "Lagrangian",

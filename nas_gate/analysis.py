@@ -30,7 +30,18 @@ from nas_gate.removal import (
     cut_of,
     remove_units,
 )
-from nas_gate.structure import RULES, Group, Structure, default, solve, trace
+from nas_gate.structure import (
+    BRANCH,
+    CHOICE,
+    RULES,
+    WIDTH,
+    Group,
+    Structure,
+    add_switches,
+    default,
+    solve,
+    trace,
+)
 from nas_gate.structure.trace import Rule
 from nas_gate.structure.units import Ints
 
@@ -53,15 +64,17 @@ def analyze(
     example_inputs: Inputs,
     keywords: Mapping[str, Any] | None = None,
     rules: Mapping[Any, Rule] = RULES,
+    depth: bool = False,
 ) -> Structure:
     """The structure of a model: its removable units, what they cost, and why the rest is fixed.
 
     `example_inputs` are what the model is called with: a tensor, a sequence of positional arguments, or a mapping
     of keyword arguments (`keywords` adds some to positional ones). MACs are those of one pass over them, so a batch
-    of one gives MACs per example. The model is left as it was.
+    of one gives MACs per example. With `depth`, residual branches are units, too. The model is left as it was.
     """
     args, kwargs = arguments(example_inputs, keywords)
     findings = trace(model, args, kwargs, rules, default, SIZED)
+    add_switches(findings, model, depth)
     for path, module in model.named_modules():
         for reason in (r for kind, r in WHOLE.items() if isinstance(module, kind)):
             findings.fix_below(path, reason)
@@ -71,12 +84,17 @@ def analyze(
         if not structure.groups:
             return structure
         attempt = _Attempt(model, structure, args, kwargs, findings.training)
-        error = attempt(structure.groups)
-        if error is None:
+        for groups in _trials(structure):
+            error = attempt(groups)
+            if error is not None:
+                break
+        else:
             return structure
-        path, blamed = _around(structure, error.path)
+        if groups[0].kind == CHOICE:
+            raise ValueError(f"a Choice must be removable, but with {groups[0].name} chosen {error}")
+        path, blamed = _around(groups, error.path)
         culprits = _bisect(attempt, blamed) or [(group, str(error)) for group in blamed]
-        alike = _alike(model, structure, path, [group for group, _ in culprits])
+        alike = _alike(model, groups, path, [group for group, _ in culprits])
         if alike and attempt(alike) is not None:
             culprits += [
                 (group, f"{error} (and so in every {type(model.get_submodule(path)).__name__})") for group in alike
@@ -86,7 +104,10 @@ def analyze(
 
 @dataclass(frozen=True)
 class _Attempt:
-    """Removes a random half of the units of some groups and compares: the error, or None where all is well."""
+    """Removes a random half of the units of some groups and compares: the error, or None where all is well.
+
+    A branch closes; a candidate that is among the groups is chosen.
+    """
 
     model: nn.Module
     structure: Structure
@@ -96,8 +117,14 @@ class _Attempt:
 
     def __call__(self, groups: Sequence[Group]) -> RemovalError | None:
         generator = np.random.default_rng(0)
-        keep = torch.ones(self.structure.units, dtype=torch.bool)
+        keep = self.structure.dense()
+        chosen = {group.start for group in groups if group.kind == CHOICE}
+        for choice in self.structure.choices:
+            if chosen & set(choice.units):
+                keep[list(choice.units)] = torch.tensor([unit in chosen for unit in choice.units])
         for group in groups:
+            if group.kind == CHOICE:
+                continue
             closed = generator.permutation(group.size)[: max(1, group.size // 2)]
             keep[group.start + closed] = False
         cut = cut_of(self.structure, keep)
@@ -110,17 +137,34 @@ class _Attempt:
         return None
 
 
-def _around(structure: Structure, path: str | None) -> tuple[str, list[Group]]:
+def _trials(structure: Structure) -> list[list[Group]]:
+    """Groups to try together, so that all are tried: widths; branches, none inside another; candidates in turn."""
+    trials = [[g for g in structure.groups if g.kind == WIDTH]]
+    inside: dict[int, int] = {}
+    parts = {part.unit: part for part in structure.parts}
+    branches = [g for g in structure.groups if g.kind == BRANCH]
+    for g in branches:
+        own = set(parts[g.start].tensors)
+        inside[g.start] = sum(own < set(parts[other.start].tensors) for other in branches)
+    trials += [[g for g in branches if inside[g.start] == level] for level in sorted(set(inside.values()))]
+    most = max((len(choice.units) for choice in structure.choices), default=0)
+    for index in range(most):
+        chosen = {choice.units[min(index, len(choice.units) - 1)] for choice in structure.choices}
+        trials.append([g for g in structure.groups if g.start in chosen and g.kind == CHOICE])
+    return [groups for groups in trials if groups]
+
+
+def _around(groups: Sequence[Group], path: str | None) -> tuple[str, list[Group]]:
     """The module at `path`, or the nearest around it that has groups, and its groups; all groups where none has."""
     while path:
-        found = [g for g in structure.groups if any(m.tensor.startswith(f"{path}.") for m in g.members)]
+        found = [g for g in groups if any(m.tensor.startswith(f"{path}.") for m in g.members)]
         if found:
             return path, found
         path = path.rpartition(".")[0]
-    return "", list(structure.groups)
+    return "", list(groups)
 
 
-def _alike(model: nn.Module, structure: Structure, path: str, culprits: Sequence[Group]) -> list[Group]:
+def _alike(model: nn.Module, groups: Sequence[Group], path: str, culprits: Sequence[Group]) -> list[Group]:
     """Groups that stand in other modules of the same class as the culprits stand in the module at `path`."""
 
     def pattern(group: Group, path: str) -> frozenset[tuple[str, int]]:
@@ -130,7 +174,7 @@ def _alike(model: nn.Module, structure: Structure, path: str, culprits: Sequence
         return []
     kind, patterns = type(model.get_submodule(path)), {pattern(g, path) for g in culprits}
     paths = [p for p, m in model.named_modules() if type(m) is kind and p != path]
-    return [g for p in paths for g in structure.groups if pattern(g, p) in patterns]
+    return [g for p in paths for g in groups if pattern(g, p) in patterns]
 
 
 def _bisect(attempt: _Attempt, groups: Sequence[Group]) -> list[tuple[Group, str]]:
@@ -151,6 +195,7 @@ def attach(
     keywords: Mapping[str, Any] | None = None,
     gate: Gate | None = None,
     rules: Mapping[Any, Rule] = RULES,
+    depth: bool = False,
 ) -> GatedModel:
     """A copy of the model with a gate on every removable unit; with all gates open it is the same function.
 
@@ -158,7 +203,7 @@ def attach(
     of `analyze`. Build the optimiser afterwards, from `gated.parameters()`. Raises ValueError where the model rejects
     its inputs or has no removable unit.
     """
-    structure = analyze(model, example_inputs, keywords, rules)
+    structure = analyze(model, example_inputs, keywords, rules, depth)
     gated = GatedModel(copy.deepcopy(model), structure, gate, arguments(example_inputs, keywords))
     gated.training = model.training  # the model's own modules keep the modes that they are in
     gated.gates.train(model.training)

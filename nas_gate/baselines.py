@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from nas_gate.gating import ranks
-from nas_gate.structure import Structure
+from nas_gate.structure import WIDTH, Structure
 
 Floats = npt.NDArray[np.float64]
 
@@ -26,12 +26,18 @@ NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.
 def score(method: str, structure: Structure, model: nn.Module, seed: int = 0) -> Tensor:
     """The score of every unit of `structure` under a method of BASELINES, shape (units,), float64; high ones stay.
 
-    `model` holds the trained weights; only "random" looks at `seed`. Raises ValueError for an unknown method, and
-    where a method finds nothing to score by.
+    `model` holds the trained weights; only "random" looks at `seed`. The other methods know width only: branches and
+    the first candidates of choices get scores above all widths, so that they close where nothing else is left.
+    Raises ValueError for an unknown method, and where a method finds nothing to score by.
     """
     if method not in BASELINES:
         raise ValueError(f"method must be one of {tuple(BASELINES)}, but got {method!r}")
-    return torch.from_numpy(BASELINES[method](structure, model, seed))
+    values = BASELINES[method](structure, model, seed)
+    if method != "random":
+        wide = np.array([g.kind == WIDTH for g in structure.groups], dtype=bool)[structure.group_of_unit()]
+        top = values[wide].max(initial=0.0) + 1
+        values = np.where(wide, values, np.where(structure.dense().numpy(), top, -top))
+    return torch.from_numpy(values)
 
 
 def l1(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:
@@ -43,7 +49,7 @@ def l1(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:
     hence the relation to the group, without which no order over the whole network would make sense.
     """
     weights = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.ndim > 1}
-    values = _means(structure, weights)  # every unit has some: the weights that consume it
+    values = _means(structure, weights)  # every unit of width has some: the weights that consume it
     group = structure.group_of_unit()
     average = np.bincount(group, values) / np.bincount(group)
     return values / np.where(average > 0, average, 1.0)[group]

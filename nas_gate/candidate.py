@@ -82,6 +82,9 @@ def save(
             "cut": {
                 "slots": {n: {str(d): list(i) for d, i in dims.items()} for n, dims in cut.slots.items()},
                 "widths": dict(cut.widths),
+                "zeros": dict(cut.zeros),
+                "loose": list(cut.loose),
+                "choices": dict(cut.choices),
             },
             "figures": dict(figures),
             "provenance": dict(provenance),
@@ -180,7 +183,13 @@ def _read(folder: Path) -> tuple[Candidate, dict[str, torch.Tensor]]:
             str(name): {int(dim): tuple(map(int, index)) for dim, index in dims.items()}
             for name, dims in record["cut"]["slots"].items()
         }
-        cut = Cut(slots, {str(path): int(width) for path, width in record["cut"]["widths"].items()})
+        cut = Cut(
+            slots,
+            {str(path): int(width) for path, width in record["cut"]["widths"].items()},
+            {str(path): None if n is None else int(n) for path, n in record["cut"].get("zeros", {}).items()},
+            tuple(map(str, record["cut"].get("loose", ()))),
+            {str(path): int(index) for path, index in record["cut"].get("choices", {}).items()},
+        )
         model, figures, provenance = (dict(record[key]) for key in ("model", "figures", "provenance"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CandidateError(f"{path} is damaged: its fields are not those of a candidate ({error!r})") from error

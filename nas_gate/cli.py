@@ -243,6 +243,7 @@ SETTINGS = (
     "limits",
     "latency",
     "round_to",
+    "depth",
     "seed",
     "test",
     "task",
@@ -272,7 +273,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
             "data": _made(Named, {"name": data.pop("name", None), "arguments": data}, "data"),
             **{name: _made(kind, training[name], f"training.{name}") for name, kind in parts.items()},
             "hardware": _made(Hardware, config["hardware"], "hardware"),
-            **{name: config[name] for name in ("method", "target", "metric", "round_to", "seed", "test")},
+            **{name: config[name] for name in ("method", "target", "metric", "round_to", "depth", "seed", "test")},
             "targets": _shares(config["targets"]),
             "limits": {name: _typed(x, float, f"limits.{name}") for name, x in limits.items() if x is not None},
             "latency": _made(Timing, config["latency"], "latency"),
@@ -370,7 +371,7 @@ def _inspect(arguments: Sequence[str]) -> None:
         else:
             shape = _shape(options.input)
             model, _ = seeded_model(settings, shape[0])
-        structure = analyze(model.eval(), example_input(shape))
+        structure = analyze(model.eval(), example_input(shape), depth=settings.depth)
     print(json.dumps(inspect.to_json(structure), indent=2) if options.json else inspect.describe(structure))
 
 

@@ -37,7 +37,7 @@ class CostModel(nn.Module):
     """
 
     _group: Tensor
-    _sizes: Tensor
+    _dense: Tensor
 
     def __init__(self, structure: Structure, latency: LatencyTable | None = None) -> None:
         super().__init__()
@@ -47,9 +47,9 @@ class CostModel(nn.Module):
         self.table = latency
         self.latency = None if latency is None else LatencyModel(latency)
         self._other = {"macs": structure.other_macs, "params": 0}
-        sizes = np.array([g.size for g in structure.groups], dtype=np.float64)
+        dense = structure.open_units(structure.dense()).astype(np.float64)
         self.register_buffer("_group", torch.from_numpy(structure.group_of_unit()), persistent=False)
-        self.register_buffer("_sizes", torch.from_numpy(sizes), persistent=False)
+        self.register_buffer("_dense", torch.from_numpy(dense), persistent=False)
         for metric, terms in (("macs", structure.macs), ("params", structure.params)):
             weights, fixed, coefficient, axes = _form(structure, terms)
             self.register_buffer(f"_{metric}_weights", weights, persistent=False)
@@ -62,7 +62,7 @@ class CostModel(nn.Module):
         self.check(metric)
         if tuple(keep.shape) != (self.structure.units,):
             raise ValueError(f"keep must have shape ({self.structure.units},), but has {tuple(keep.shape)}")
-        open_units = torch.zeros_like(self._sizes).index_add(0, self._group, keep.to(torch.float64))
+        open_units = torch.zeros_like(self._dense).index_add(0, self._group, keep.to(torch.float64))
         return self.of_counts(open_units, metric)
 
     def of_counts(self, open_units: Tensor, metric: str = "macs") -> Tensor:
@@ -77,9 +77,9 @@ class CostModel(nn.Module):
         return result
 
     def total(self, metric: str = "macs") -> float:
-        """Cost of the dense model, an int where it is counted."""
+        """Cost of the dense model: of every choice its first candidate, and all else. An int where it is counted."""
         self.check(metric)
-        total = float(self.of_counts(self._sizes, metric))
+        total = float(self.of_counts(self._dense, metric))
         return total if metric in MEASURED else round(total)
 
     def unit(self, metric: str) -> float:

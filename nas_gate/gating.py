@@ -1,8 +1,9 @@
 """Gates in a model: they multiply the input slots of the weights that consume a unit.
 
 That gives exactly the function of the smaller network, whatever norm, bias or activation lies between a unit and
-its consumers, and costs a product over a weight instead of one over an activation. The weights are replaced for one
-call by `torch.func.functional_call`, so the model keeps its class and its state names.
+its consumers, and costs a product over a weight instead of one over an activation. The gate of a residual branch
+multiplies the parameters at its end, so that the branch adds zero; a choice weighs its candidates itself. The weights
+are replaced for one call by `torch.func.functional_call`, so the model keeps its class and its state names.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from nas_gate.cost import CostModel, check_budgets
 from nas_gate.gates import Gate, TrainableGate
 from nas_gate.latency_table import LatencyTable
+from nas_gate.modules import Choice
 from nas_gate.structure import Structure
 
 
@@ -91,14 +93,16 @@ def normalize_over_all(module: nn.Module) -> None:
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The model without anything of ours; it shares all tensors with the one given."""
-    if not any(isinstance(m, _OverKept) for m in model.modules()):
+    """The model as it was before gates; it shares all tensors with the one given."""
+    if not any(isinstance(m, _OverKept) or (isinstance(m, Choice) and m.keep is not None) for m in model.modules()):
         return model
     tensors = [*model.parameters(), *model.buffers()]
     model = copy.deepcopy(model, {id(t): t for t in tensors})
     for module in model.modules():
         if isinstance(module, _OverKept):
             normalize_over_all(module)
+        if isinstance(module, Choice):
+            module.keep = None
     return model
 
 
@@ -128,31 +132,35 @@ class Norms(nn.Module):
 class Gates(nn.Module):
     """Gate weights of all units, shape (units,), and the gate function that turns them into keep.
 
-    The `minimum` highest gate weights of every group are held open, so that the network is never cut in two; they
-    receive the gate's gradient all the same.
+    The `minimum` highest gate weights of every group are held open, so that the network is never cut in two (not those
+    of branches, without which it stays whole). Of every choice the highest is held open and all others closed. What
+    is held receives the gate's gradient all the same.
     """
 
-    _group: Tensor
+    _set: Tensor
     _start: Tensor
+    _least: Tensor
+    _most: Tensor
 
     def __init__(self, structure: Structure, function: Gate, minimum: int = 1) -> None:
         super().__init__()
         self.function = function
         self.weight = nn.Parameter(torch.full((structure.units,), float(function.initial)))
-        self.register_buffer("_group", torch.from_numpy(structure.group_of_unit()), persistent=False)
-        starts = torch.tensor([g.start for g in structure.groups])
-        self.register_buffer("_start", starts, persistent=False)
+        for name, values in zip(("_set", "_start", "_least", "_most"), structure.rivals()):
+            self.register_buffer(name, torch.from_numpy(values), persistent=False)
         self.minimum = minimum
 
     def forward(self) -> Tensor:
         """Keep, shape (units,), in [0, 1]."""
         keep: Tensor = self.function(self.weight)
-        held = self.ranks() < self.minimum
-        return torch.where(held, keep + (1 - keep).detach(), keep)
+        rank = self.ranks()
+        held = rank < (self._least * self.minimum).minimum(self._most)[self._set]
+        keep = torch.where(held, keep + (1 - keep).detach(), keep)
+        return torch.where(rank >= self._most[self._set], keep - keep.detach(), keep)
 
     def ranks(self) -> Tensor:
-        """The rank of every unit in its group by gate weight, 0 for the highest (ties by position)."""
-        return ranks(self.weight.detach(), self._group, self._start)
+        """The rank of every unit among its rivals by gate weight, 0 for the highest (ties by position)."""
+        return ranks(self.weight.detach(), self._set, self._start)
 
 
 def ranks(scores: Tensor, group: Tensor, start: Tensor) -> Tensor:
@@ -196,6 +204,9 @@ class GatedModel(nn.Module):
             normalize_over_kept(module, norm.dim, module.get_parameter("weight").detach().new_ones(len(norm.units)))
         self.example_inputs = example_inputs
         device = next((t.device for t in _named(model).values()), None)
+        dense = structure.dense().to(device, torch.float32)
+        for choice in structure.choices:
+            choice_at(model, choice.path).keep = dense[list(choice.units)]
         for part in (self.cost, self.gates, self.factors, self.norms):
             part.to(device)
 
@@ -204,7 +215,10 @@ class GatedModel(nn.Module):
         keep = self.gates()
         replaced = self.factors({name: _tensor(self.model, name) for name in self.factors.names}, keep)
         if self.norms.paths:
-            replaced |= self.norms([_tensor(self.model, f"{path}.weight") for path in self.norms.paths], keep)
+            weights = (f"{path}.weight" for path in self.norms.paths)
+            replaced |= self.norms([replaced.get(name, _tensor(self.model, name)) for name in weights], keep)
+        for choice in self.structure.choices:
+            replaced[f"{choice.path}.keep"] = keep[choice.units[0] : choice.units[-1] + 1]
         return functional_call(self.model, replaced, args, kwargs)
 
     def keep(self) -> Tensor:
@@ -233,6 +247,13 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, attribute = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(path), attribute)
     return tensor
+
+
+def choice_at(model: nn.Module, path: str) -> Choice:
+    """The choice at `path`."""
+    module = model.get_submodule(path)
+    assert isinstance(module, Choice)
+    return module
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:

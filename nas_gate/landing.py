@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -11,25 +13,30 @@ from torch import Tensor
 
 from nas_gate.cost import MEASURED, CostModel, check_budgets
 from nas_gate.latency_table import LatencyTable
-from nas_gate.structure import Structure
+from nas_gate.structure import WIDTH, Structure
+
+Ints = npt.NDArray[np.int64]
 
 
-def least_units(structure: Structure, round_to: int = 1, minimum: int | Mapping[str, int] = 1) -> npt.NDArray[np.int64]:
-    """The fewest open units of every group, shape (groups,): `minimum` (one number, or by group name), rounded up."""
+def least_units(structure: Structure, round_to: int = 1, minimum: int | Mapping[str, int] = 1) -> Ints:
+    """The fewest open units of every group, shape (groups,): `minimum` (one number, or by group name), rounded up.
+
+    One number is for the groups that must keep units for the network to stay whole; a branch is held open by name.
+    """
     names = {g.name for g in structure.groups}
     if isinstance(minimum, Mapping):
         if strange := sorted(set(minimum) - names):
             raise ValueError(f"minimum must name groups, but there is no {strange[0]!r}; groups: {sorted(names)}")
-        wanted = [minimum.get(g.name, 1) for g in structure.groups]
+        wanted = [minimum.get(g.name, g.least) for g in structure.groups]
     else:
-        wanted = [minimum] * len(structure.groups)
-    if round_to < 1 or any(w < 1 for w in wanted):
+        wanted = [minimum * g.least for g in structure.groups]
+    if round_to < 1 or any(w < 1 for w in (minimum.values() if isinstance(minimum, Mapping) else [minimum])):
         raise ValueError(f"`round_to >= 1` and `minimum >= 1` must hold, but got {round_to=}, {minimum=}")
     sizes = np.array([g.size for g in structure.groups], dtype=np.int64)
     return _rounded(np.minimum(np.array(wanted, dtype=np.int64), sizes), round_to, sizes)
 
 
-def _rounded(counts: npt.NDArray[np.int64], round_to: int, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _rounded(counts: Ints, round_to: int, sizes: Ints) -> Ints:
     """Counts rounded up to a multiple, at most the group's size."""
     return np.minimum(-(-counts // round_to) * round_to, sizes)
 
@@ -41,12 +48,16 @@ def reachable(
     minimum: int | Mapping[str, int] = 1,
     latency: LatencyTable | None = None,
 ) -> tuple[float, float]:
-    """The lowest and highest share of the dense cost that a keep vector can have; milliseconds for "latency_ms"."""
+    """The lowest and highest share of the dense cost that a keep vector can have; milliseconds for "latency_ms".
+
+    The highest is 1 but for choices with candidates that cost more than the first.
+    """
     cost = CostModel(structure, latency)
     cost.check(metric)
-    least = torch.from_numpy(least_units(structure, round_to, minimum)).double()
     unit = cost.unit(metric)
-    return float(cost.of_counts(least, metric)) / unit, cost.total(metric) / unit
+    ends = (least_units(structure, round_to, minimum), min), (_sizes(structure), max)
+    low, high = (_Prices(cost, metric, counts, extreme).total for counts, extreme in ends)
+    return low / unit, high / unit
 
 
 def choose(
@@ -64,7 +75,10 @@ def choose(
     Units close in ascending order of `scores`, shape (units,), until the target and all `limits`, {metric: as a target
     of that metric}, are met: opening the unit that was closed last would exceed one (with `round_to`, the last block of
     units). Every group keeps at least `minimum` units and a multiple of `round_to`, its highest scores. Targets of
-    "latency_ms" are milliseconds, as the table `latency` has them. Raises ValueError where one is out of reach.
+    "latency_ms" are milliseconds, as the table `latency` has them. Of a choice the candidate of the highest score is
+    open, a dearer or cheaper one where the target demands it (see `_steps`). Where a branch or a candidate is what
+    closes last, units of lower scores open again as far as the target allows. Raises ValueError where one is out of
+    reach; a target above what is reachable leaves all open.
     """
     wanted = {"target": (metric, target), **{f"limits.{name}": (name, x) for name, x in (limits or {}).items()}}
     check_budgets(target, metric, limits or {})
@@ -83,25 +97,125 @@ def choose(
             )
     cost = CostModel(structure, latency)
     budgets = [(priced, cost.unit(priced), most) for priced, most in wanted.values()]
-    sizes = np.array([g.size for g in structure.groups], dtype=np.int64)
-    group = structure.group_of_unit()
+    sizes, group = _sizes(structure), structure.group_of_unit()
     least = least_units(structure, round_to, minimum)
-    ascending = np.argsort(values, kind="stable")
+    sequence = _steps(structure, values, cost, metric, least)
+    steps = sequence.units
 
-    def counts(closed: int) -> npt.NDArray[np.int64]:
-        left = sizes - np.bincount(group[ascending[:closed]], minlength=len(sizes))
-        return np.maximum(_rounded(left, round_to, sizes), least)
+    def counts(done: Ints) -> Ints:
+        """Open units of every group after some steps."""
+        closing = done[sequence.choice[done] < 0]
+        left = sizes - np.bincount(group[closing], minlength=len(sizes))
+        left = np.maximum(_rounded(left, round_to, sizes), least)
+        for index, choice in enumerate(structure.choices):
+            opened = done[sequence.choice[done] == index]
+            left[group[list(choice.units)]] = 0
+            left[group[opened[-1] if len(opened) else sequence.start[index]]] = 1
+        return left
 
-    def fits(closed: int) -> bool:
-        left = torch.from_numpy(counts(closed)).double()
+    def fits(done: Ints) -> bool:
+        left = torch.from_numpy(counts(done)).double()
         return all(float(cost.of_counts(left, priced)) / unit <= most for priced, unit, most in budgets)
 
-    low, high = 0, len(values)  # every cost falls with the number of closed units
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    def first(high: int, then: Ints) -> int:
+        """The fewest steps, at most `high`, that meet all budgets together with `then`."""
+        low = 0
+        while low < high:  # with `high` steps they are met; with one step less than those found they are not
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(np.append(steps[:middle], then)) else (middle + 1, high)
+        return low
+
+    if not fits(steps):  # candidates of a choice that are cheap in one metric can be dear in another
+        raise ValueError(
+            f"target={target} of {metric} and limits={dict(limits or {})} must be met together, but what costs the "
+            f"least {metric} exceeds a limit"
+        )
+    done, then = first(len(steps), steps[:0]), steps[:0]
+    while done and structure.groups[group[steps[done - 1]]].kind != WIDTH:
+        then = np.append(steps[done - 1], then)
+        done = first(done - 1, then)
     keep = np.zeros(len(values), dtype=bool)
-    for g, n in zip(structure.groups, counts(low)):
+    for g, n in zip(structure.groups, counts(np.append(steps[:done], then))):
         best = np.argsort(-values[g.start : g.stop], kind="stable")[:n]
         keep[g.start + best] = True
     return torch.from_numpy(keep)
+
+
+def _sizes(structure: Structure) -> Ints:
+    return np.array([g.size for g in structure.groups], dtype=np.int64)
+
+
+class _Prices:
+    """What the network costs with each candidate of every choice, all other choices at their `extreme` (min or max).
+
+    `of` has the costs of every choice's candidates, `total` is the cost at the extreme of all. `counts` are the open
+    units of every group; those of choices do not matter.
+    """
+
+    def __init__(self, cost: CostModel, metric: str, counts: Ints, extreme: Callable[[Iterable[float]], float]) -> None:
+        structure, group = cost.structure, cost.structure.group_of_unit()
+        counts = counts.copy()
+        for choice in structure.choices:  # open, so that what is inside of a candidate is seen from there
+            counts[group[list(choice.units)]] = 1
+        self.of: dict[str, list[float]] = {}
+        for choice in sorted(structure.choices, key=lambda c: len(c.path), reverse=True):  # the innermost first
+            of = self.of[choice.path] = []
+            for unit in choice.units:
+                counts[group[list(choice.units)]] = 0
+                counts[group[unit]] = 1
+                of.append(float(cost.of_counts(torch.from_numpy(counts).double(), metric)))
+            counts[group[list(choice.units)]] = 0
+            counts[group[choice.units[of.index(extreme(of))]]] = 1
+        self.total = float(cost.of_counts(torch.from_numpy(counts).double(), metric))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps by which the cost falls, in order, as units: of width or depth they close, of a choice they open.
+
+    `choice` is every unit's choice (-1 for none), `start` the unit of every choice that is open before all steps.
+    """
+
+    units: Ints
+    choice: Ints
+    start: tuple[int, ...]
+
+
+def _steps(structure: Structure, scores: npt.NDArray[np.float64], cost: CostModel, metric: str, least: Ints) -> _Steps:
+    """Every unit's step at its score; those of a choice where another candidate opens.
+
+    A choice's best candidate is that of the highest score. From there the next cheaper one (all else open) of the
+    highest score follows, and so on; and so do dearer ones before it. Such a change stands where the units close
+    whose score is as far from 0 as the candidate's is from the best. When nothing else is left to close, the one
+    that costs least then is open.
+    """
+    of_choice = np.full(structure.units, -1, dtype=np.int64)
+    units: list[int] = []
+    keys: list[float] = []
+    start: list[int] = []
+    dear, cheap = (_Prices(cost, metric, counts, min).of for counts in (_sizes(structure), least))
+    for index, choice in enumerate(structure.choices):
+        mine = np.array(choice.units)
+        of_choice[mine] = index
+        best, *others = np.argsort(-scores[mine], kind="stable").tolist()
+        prices = dear[choice.path]
+        dearer, cheaper = [best], [best]
+        for candidate in others:
+            if prices[candidate] > prices[dearer[-1]]:
+                dearer.append(candidate)
+            if prices[candidate] < prices[cheaper[-1]]:
+                cheaper.append(candidate)
+        margin = scores[mine] - scores[mine[best]]
+        for before, after in pairwise(reversed(dearer)):
+            units.append(int(mine[after]))
+            keys.append(float(margin[before]))
+        for after in cheaper[1:]:
+            units.append(int(mine[after]))
+            keys.append(-float(margin[after]))
+        if cheaper[-1] != (last := int(np.argmin(cheap[choice.path]))):
+            units.append(int(mine[last]))
+            keys.append(np.inf)
+        start.append(int(mine[dearer[-1]]))
+    alone = np.flatnonzero(of_choice < 0)
+    order = np.argsort(np.append(scores[alone], keys), kind="stable")
+    return _Steps(np.append(alone, np.array(units, dtype=np.int64))[order], of_choice, tuple(start))

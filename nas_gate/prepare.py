@@ -61,7 +61,8 @@ def prepare(settings: Settings, cache_dir: Path | None = None, console: Console 
         dense, model_arguments = seeded_model(settings, data.in_channels, data.num_classes)
         gate = make_gate(settings.gate.name, **settings.gate.arguments)
         budget = make_budget(settings.budget.name, settings.metric, **settings.budget.arguments)
-        gated = attach(dense.eval(), example_input((data.in_channels, *data.image_size)), gate=gate)
+        example = example_input((data.in_channels, *data.image_size))
+        gated = attach(dense.eval(), example, gate=gate, depth=settings.depth)
         if settings.timed():
             time_operations(settings, gated, timed_input(settings, data), fabric, cache_dir, console)
         lowest = reachable(gated.structure, settings.metric, settings.round_to, latency=gated.cost.table)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas_gate.cost import METRICS, CostModel
-from nas_gate.gating import normalize_over_all, normalize_over_kept
+from nas_gate.gating import choice_at, normalize_over_all, normalize_over_kept
+from nas_gate.modules import Choice, Zero
 from nas_gate.structure import Structure
 from nas_gate.structure.trace import mode_of, output_tensors, plain_operations, tensors_of, unchanged
 
@@ -36,11 +37,16 @@ class Cut:
     """What is kept, without reference to units: the slots of every cut dimension, and sizes without parameters.
 
     `slots` maps a parameter's or buffer's name to {dimension: kept indices}; `widths` maps the path of a module
-    that keeps its input width as an attribute only to that width.
+    that keeps its input width as an attribute only to that width. `zeros` maps the path of a module of a closed
+    branch to the size of the tuple that it gave (None: a tensor), `loose` names the branch's parameters in modules
+    that stay, `choices` maps the path of a choice to the candidate that takes its place.
     """
 
     slots: Mapping[str, Mapping[int, tuple[int, ...]]]
     widths: Mapping[str, int]
+    zeros: Mapping[str, int | None] = field(default_factory=dict)
+    loose: tuple[str, ...] = ()
+    choices: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,13 +132,38 @@ def cut_of(structure: Structure, keep: Tensor) -> Cut:
     """The kept slots of every tensor for a boolean keep, shape (units,)."""
     structure.open_units(keep)  # checks shape and type
     kept = np.append(keep.cpu().numpy(), True)  # -1, the last entry: fixed slots stay
+    closed = [part for part in structure.parts if not kept[part.unit]]
+    gone = {tensor for part in closed for tensor in part.tensors}
+    modules = {path: outputs for part in closed for path, outputs in part.modules}
+
+    def stays(path: str) -> bool:
+        return not any(parent in modules for parent in parents(path))
+
     slots: dict[str, dict[int, tuple[int, ...]]] = {}
     for s in structure.slots:
         index = np.flatnonzero(kept[s.units])
-        if len(index) < len(s.units):
+        if len(index) < len(s.units) and s.tensor not in gone:
             slots.setdefault(s.tensor, {})[s.dim] = tuple(index.tolist())
-    widths = {w.tensor: int(kept[w.units].sum()) for w in structure.widths if not kept[w.units].all()}
-    return Cut(slots, widths)
+    rivals = {unit for choice in structure.choices for unit in choice.units}
+    return Cut(
+        slots,
+        {w.tensor: int(kept[w.units].sum()) for w in structure.widths if not kept[w.units].all() and stays(w.tensor)},
+        {
+            path: outputs
+            for part in closed
+            for path, outputs in part.modules
+            if part.unit not in rivals and stays(path.rpartition(".")[0])
+        },
+        tuple(name for part in closed for name in part.loose if stays(name)),
+        {c.path: int(np.argmax(kept[list(c.units)])) for c in structure.choices if stays(c.path)},
+    )
+
+
+def parents(path: str) -> Iterator[str]:
+    """The path itself, and those of the modules around it."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
 
 
 def cut_tensor(tensor: Tensor, slots: Mapping[int, Sequence[int]]) -> Tensor:
@@ -148,10 +179,25 @@ def cut_tensor(tensor: Tensor, slots: Mapping[int, Sequence[int]]) -> Tensor:
     return tensor[(slice(None),) * first + tuple(index)]
 
 
+def renamed(cut: Cut, name: str) -> str | None:
+    """What a tensor or module is called after the cut; None where it is gone."""
+    if name in cut.loose or any(path in cut.zeros for path in parents(name)):
+        return None
+    for path in sorted(cut.choices, key=len, reverse=True):  # the innermost first: paths are those before the cut
+        inside = f"{path}.candidates."
+        if name.startswith(inside):
+            index, _, rest = name.removeprefix(inside).partition(".")
+            if index != str(cut.choices[path]):
+                return None
+            name = f"{path}.{rest}" if rest else path
+    return name
+
+
 def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
     """A copy of the model with only the kept slots, and its modules' sizes mended. The model is left alone.
 
-    Raises ValueError where the cut names a tensor that the model lacks or slots that it does not have.
+    Modules of closed branches are `Zero`, chosen candidates stand in their choices' places. Raises ValueError where
+    the cut names a tensor or module that the model lacks or slots that it does not have.
     """
     tensors = _all_names(model)
     memo: dict[int, Any] = {}
@@ -177,7 +223,35 @@ def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
                     if kind in MENDS:
                         MENDS[kind](module, before[path], cut.widths.get(path))
                         break
-    return small
+    return _without(small, cut)
+
+
+def _without(model: nn.Module, cut: Cut) -> nn.Module:
+    """The model without closed branches and candidates that were not chosen; changed in place."""
+    known = dict(model.named_modules(remove_duplicate=False))
+    if strange := [p for p in (*cut.zeros, *cut.choices) if not p or p not in known]:
+        raise ValueError(f"the cut names the module {strange[0]!r}, but {type(model).__name__} has none there")
+    for name in cut.loose:
+        path, _, attribute = name.rpartition(".")
+        owner = known.get(path)
+        if owner is None or (old := owner._parameters.pop(attribute, None)) is None:
+            raise ValueError(f"the cut names {name!r}, but {type(model).__name__} has no such parameter")
+        # of size 1 along every dimension: it only meets zeros, and has to broadcast with them
+        owner.register_buffer(attribute, old.detach().new_zeros([1] * old.dim()), persistent=False)
+    for path, outputs in cut.zeros.items():
+        _put(model, path, Zero(outputs).train(model.training))
+    for path in sorted(cut.choices, key=len, reverse=True):
+        choice = known[path]
+        if not isinstance(choice, Choice) or not 0 <= cut.choices[path] < len(choice.candidates):
+            raise ValueError(f"the cut names candidate {cut.choices[path]} of {path!r}, but there is no such Choice")
+        chosen = choice.candidates[cut.choices[path]]
+        _put(model, path, chosen)
+    return model
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    model.get_submodule(owner)._modules[name] = module
 
 
 def _owner(name: str) -> str:
@@ -286,8 +360,13 @@ def compare(
     Tensors without information are made random for both meanwhile, so that statistics of norms are never trivial.
     With `training` the smaller model must run in training mode, too. Raises RemovalError where it does not run.
     """
-    random = informative(model)
-    smaller = {name: cut_tensor(value, cut.slots.get(name, {})) for name, value in random.items()}
+    random, own = informative(model), tensors_of(small)
+    names = {id(t): name for name, t in tensors_of(model).items()}
+    smaller = {}
+    for alias, tensor in _all_names(model).items():
+        name, new = names[id(tensor)], renamed(cut, alias)
+        if name in random and new in own:
+            smaller[new] = cut_tensor(random[name], cut.slots.get(name, {}))
     with ExitStack() as exits:
         for network, tensors in ((model, random), (small, smaller)):
             exits.enter_context(_holding(network, tensors))
@@ -362,12 +441,16 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
     kept = np.append(keep.cpu().numpy(), True)  # -1, the last entry: slots without a gate
     weights: dict[str, Tensor] = {}
     norms = [(model.get_submodule(n.tensor), n.dim, torch.from_numpy(kept[n.units])) for n in structure.norms]
+    choices = [(choice_at(model, c.path), torch.from_numpy(kept[list(c.units)]).float()) for c in structure.choices]
     for gate in structure.gates:
         weight = weights.get(gate.tensor, own[gate.tensor].data)
         mask = torch.from_numpy(kept[gate.units]).to(weight)
         weights[gate.tensor] = weight * mask.reshape([-1 if d == gate.dim else 1 for d in range(weight.dim())])
     with ExitStack() as exits:
         exits.enter_context(_holding(model, weights))
+        for choice, open_ in choices:
+            exits.callback(setattr, choice, "keep", choice.keep)
+            choice.keep = open_.to(next((t.device for t in own.values()), None))
         for module, dim, over in norms:
             weight = module.get_parameter("weight")
             exits.enter_context(_holding(module, {"weight": weight.data * over.double().mean().sqrt().to(weight)}))
@@ -428,9 +511,12 @@ def remove_units(
     removed model costs exactly what the cost model says. Raises RemovalError otherwise.
     """
     open_units = structure.open_units(keep)
-    empty = [g.name for g, n in zip(structure.groups, open_units) if n == 0]
+    empty = [g.name for g, n in zip(structure.groups, open_units) if n < g.least]
     if empty:
         raise ValueError(f"at least one unit of every group must be kept, but none is in {empty}")
+    wrong = [c.path for c in structure.choices if int(keep[list(c.units)].sum()) != 1]
+    if wrong:
+        raise ValueError(f"exactly one candidate of every choice must be kept, but that is not so in {wrong}")
     cut = cut_of(structure, keep)
     small = cut_model(model, cut)
     trial = compare(model, small, structure, cut, keep, args, kwargs)

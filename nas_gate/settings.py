@@ -97,8 +97,8 @@ class Settings:
     kept units are multiples of `round_to` where they can be. `dense` trains the network with all units, `cycle` the
     gated and then the small one; the first `gating.epochs` of the cycle are the gated ones. `method` is one of
     METHODS; those without gates cut the dense network and train the small one over the whole cycle: as many epochs, on
-    the same schedule. With `test`, a candidate's accuracy on the test set is measured, once, at its last epoch. `task`
-    says what is learned and measured (see `nas_gate.tasks`).
+    the same schedule. With `test`, a candidate's accuracy on the test set is measured, once, at its last epoch. With
+    `depth`, residual branches are units, too. `task` says what is learned and measured (see `nas_gate.tasks`).
     """
 
     model: Named
@@ -117,6 +117,7 @@ class Settings:
     limits: Mapping[str, float] = field(default_factory=dict)
     latency: Timing = field(default_factory=Timing)
     round_to: int = 1
+    depth: bool = False
     seed: int = 0
     test: bool = True
     task: Named = field(default_factory=lambda: Named(**DEFAULT_TASK))

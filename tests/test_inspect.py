@@ -39,6 +39,7 @@ def test_the_record_by_hand(structure: nas_gate.Structure) -> None:
     assert record["groups"] == [
         {
             "name": "second",
+            "kind": "width",
             "units": 6,
             "start": 0,
             "members": [

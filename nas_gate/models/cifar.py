@@ -1,14 +1,16 @@
-"""Networks of the literature for 32x32 images: ResNet, VGG-16-BN, DenseNet-40, MobileNetV2.
+"""Networks of the literature for 32x32 images: ResNet, VGG-16-BN, DenseNet-40, MobileNetV2; and a supernet.
 
 All map (N, in_channels, H, W) to (N, num_classes) logits and are made of plain `nn` modules, one batch norm
 per use. MACs are multiply-accumulates of convolutions and linear layers for one 3x32x32 image, 10 classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from nas_gate.modules import Choice
 
 Shortcut = Literal["A", "B"]
 
@@ -127,6 +129,41 @@ def mobilenet_v2(num_classes: int = 10, in_channels: int = 3, width: float = 1.0
     return _initialised(nn.Sequential(*layers, *_head(last, num_classes)))
 
 
+def supernet(
+    num_classes: int = 10,
+    in_channels: int = 3,
+    layers: int = 3,
+    width: float = 1.0,
+    widths: Sequence[int] = (16, 32, 64),
+) -> nn.Module:
+    """A search space of ResNets: every layer is a `nas_gate.Choice` of four operators, all with widths of their own.
+
+    Three stages at 32x32, 16x16 and 8x8 after a 3x3 convolution. The candidates of a layer are residual blocks of two
+    convolutions of 3x3, two of 5x5, two depthwise-separable ones of 3x3, and the shortcut alone (the identity, or
+    where a stage begins a 1x1 convolution of stride 2). The first candidates alone are ResNet-20 with shortcut B:
+    40.81 M MACs, 0.27 M parameters.
+
+    Args:
+        num_classes: outputs.
+        in_channels: channels of the images.
+        layers: layers in each stage.
+        width: factor on `widths`, rounded.
+        widths: channels of the three stages.
+    """
+    if len(widths) != 3:
+        raise ValueError(f"cifar_supernet: widths must be three, one per stage, but got {list(widths)}")
+    _positive(layers, "layers")
+    channels = scaled(widths[0], width)
+    parts: list[nn.Module] = [*_conv_bn(_positive(in_channels, "in_channels"), channels, 3), nn.ReLU()]
+    for stage, base in enumerate(widths):
+        out = scaled(base, width)
+        for index in range(layers):
+            stride = 2 if stage > 0 and index == 0 else 1
+            parts.append(Choice([OperatorBlock(channels, out, stride, name) for name in OPERATORS]))
+            channels = out
+    return _initialised(nn.Sequential(*parts, *_head(channels, num_classes)))
+
+
 class ResNet(nn.Module):
     """Residual stages of basic blocks after a 3x3 convolution; every stage but the first halves the image.
 
@@ -184,6 +221,44 @@ class BasicBlock(nn.Module):
         y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         out: Tensor = self.relu2(y + self.shortcut(x))
         return out
+
+
+class OperatorBlock(nn.Module):
+    """Two convolutions of one of OPERATORS, each with batch norm, added to the shortcut; or the shortcut alone.
+
+    Args:
+        channels: channels of the input.
+        out: channels of the output.
+        stride: pixels per step of the first convolution.
+        operator: a key of OPERATORS.
+    """
+
+    def __init__(self, channels: int, out: int, stride: int, operator: str) -> None:
+        super().__init__()
+        make = OPERATORS[operator]
+        self.branch = (
+            None if make is None else nn.Sequential(*make(channels, out, stride), nn.ReLU(), *make(out, out, 1))
+        )
+        self.shortcut = _shortcut(channels, out, stride, "B")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) -> (N, out, ceil(H / stride), ceil(W / stride))."""
+        y: Tensor = self.shortcut(x)
+        return nn.functional.relu(y if self.branch is None else self.branch(x) + y)
+
+
+def _separable(channels: int, out: int, stride: int) -> tuple[nn.Module, ...]:
+    """3x3 depthwise, then 1x1 (Howard et al.: "MobileNets", 2017, figure 3)."""
+    return (*_conv_bn(channels, channels, 3, stride, groups=channels), nn.ReLU(), *_conv_bn(channels, out, 1))
+
+
+OPERATORS: dict[str, Callable[[int, int, int], tuple[nn.Module, ...]] | None] = {
+    "3x3": lambda channels, out, stride: _conv_bn(channels, out, 3, stride),
+    "5x5": lambda channels, out, stride: _conv_bn(channels, out, 5, stride),
+    "separable": _separable,
+    "skip": None,
+}
+"""What a layer of `supernet` chooses among: (channels, out, stride) -> modules, or nothing."""
 
 
 class ZeroPadShortcut(nn.Module):

@@ -24,6 +24,7 @@ BUILDERS: dict[str, Builder] = {
     "cifar_vgg16_bn": cifar.vgg16_bn,
     "densenet40": cifar.densenet40,
     "cifar_mobilenet_v2": cifar.mobilenet_v2,
+    "cifar_supernet": cifar.supernet,
     **{name: partial(imagenet.classifier, name) for name in imagenet.names()},
 }
 

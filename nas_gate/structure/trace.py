@@ -23,11 +23,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from nas_gate.modules import Choice
 from nas_gate.structure import labels as lb
+from nas_gate.structure.graph import Graph
 from nas_gate.structure.labels import Track, Value
 
 KERNEL = "has it as the extent of its kernel"
 """The reason of kernel dimensions, which nobody would look for among the fixed channels."""
+
+
+WIDTH, BRANCH, CHOICE = "width", "branch", "choice"
+"""Kinds of units: slots of tensors, residual branches, candidates of choices."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,27 @@ class Movement:
     reason: str
 
 
+@dataclass(frozen=True)
+class Switch:
+    """A branch, or a candidate of a choice: one unit, with what goes when it closes.
+
+    `tensors` are the parameters and buffers that go, `weights` those whose product with the unit's gate makes its
+    result zero (with their sizes along dimension 0), `prices` the indices in `Findings.prices` of its operations.
+    `modules` go with the unit, each with the size of the tuple that it gives (None: a tensor), `loose` are parameters
+    of modules that stay.
+    """
+
+    kind: str
+    name: str
+    path: str
+    label: int
+    modules: tuple[tuple[str, int | None], ...]
+    loose: tuple[str, ...]
+    tensors: tuple[str, ...]
+    weights: tuple[tuple[str, int], ...]
+    prices: frozenset[int]
+
+
 @dataclass
 class Findings:
     """What one or several runs have found; labels are those of `slots`."""
@@ -81,6 +108,11 @@ class Findings:
     entering: dict[str, Value] = field(default_factory=dict)
     """The input of every layer norm that runs."""
     parameters: dict[str, int] = field(default_factory=dict)
+    graph: Graph = field(default_factory=Graph)
+    """The dataflow of the run in evaluation mode."""
+    switches: list[Switch] = field(default_factory=list)
+    kept: list[tuple[str, str, str]] = field(default_factory=list)
+    """Branches that cannot be units: kind, name and reason."""
     macs: int = 0
     training: bool = False
     """Whether a run in training mode took part."""
@@ -95,6 +127,12 @@ class Findings:
                 self.count += size
                 tracks.append(Track(ids.reshape([size if d == dim else 1 for d in range(len(shape))]), True))
         return tuple(tracks)
+
+    def switch(self) -> int:
+        """The label of a new unit without slots; its gate is no weight's slots but whole weights."""
+        self.count += 1
+        self.gated.append(torch.tensor([self.count - 1]))
+        return self.count - 1
 
     def fix(self, labels: Tensor, reason: str) -> None:
         """Declare that no slot among `labels` can be removed."""
@@ -206,9 +244,10 @@ class _Recorder(TorchDispatchMode):
         default: Rule,
         where: Callable[[], str],
         touched: set[int],
+        graph: Graph,
     ) -> None:
         super().__init__()
-        self.values, self.findings, self.touched = values, findings, touched
+        self.values, self.findings, self.touched, self.graph = values, findings, touched, graph
         self.rules, self.default, self.where = rules, default, where
 
     def __torch_dispatch__(
@@ -222,10 +261,12 @@ class _Recorder(TorchDispatchMode):
         inputs = call.tensors()
         before = [self.values.of(t) for t in inputs]
         self.touched.update(map(id, inputs))
+        references, first, macs = self.graph.references(arguments), len(self.findings.prices), 0
         call.out = func(*args, **kwargs)
         packet = func.overloadpacket
         if packet in flop_registry:
-            self.findings.macs += flop_registry[packet](*args, **kwargs, out_val=call.out) // 2
+            macs = flop_registry[packet](*args, **kwargs, out_val=call.out) // 2
+            self.findings.macs += macs
         outputs = call.outputs()
         if any(v.tracks for v in before):
             rule = self.rules.get(func, self.rules.get(packet, self.default))
@@ -235,6 +276,10 @@ class _Recorder(TorchDispatchMode):
                 raise RuleError(f"the rule of {call.name} failed: {type(error).__name__}: {error}") from error
         else:
             results = [()] * len(outputs)
+        if macs and len(self.findings.prices) == first:  # nothing is known of its units: it costs what it costs
+            call.price(macs)
+        prices = range(first, len(self.findings.prices))
+        self.graph.record(packet, call.where, references, outputs, prices, macs)
         why = next((v.why for v in before if not v.tracks and v.why != Value(()).why), None)
         if any(v.tracks for v in before):
             why = f"{call.name} comes before"
@@ -258,7 +303,11 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextmanager
-def _paths(model: nn.Module, on_call: Callable[[str, nn.Module, tuple[Any, ...]], None]) -> Iterator[Callable[[], str]]:
+def _paths(
+    model: nn.Module,
+    on_call: Callable[[str, nn.Module, tuple[Any, ...]], None],
+    on_return: Callable[[str, Any], None],
+) -> Iterator[Callable[[], str]]:
     """The path of the module that runs now, by hooks on all modules."""
     names = {m: n for n, m in model.named_modules()}
     stack: list[str] = []
@@ -268,7 +317,7 @@ def _paths(model: nn.Module, on_call: Callable[[str, nn.Module, tuple[Any, ...]]
         on_call(stack[-1], module, args)
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
-        stack.pop()
+        on_return(stack.pop(), out)
 
     with ExitStack() as exits:
         exits.callback(register_module_forward_pre_hook(enter).remove)
@@ -301,6 +350,20 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+
+@contextmanager
+def all_candidates(model: nn.Module) -> Iterator[None]:
+    """Let every choice run all its candidates and give their sum."""
+    before = [(m, m.keep) for m in model.modules() if isinstance(m, Choice)]
+    try:
+        for choice, _ in before:
+            device = next((t.device for t in (*choice.parameters(), *model.parameters())), None)
+            choice.keep = torch.ones(len(choice.candidates), device=device)
+        yield
+    finally:
+        for choice, keep in before:
+            choice.keep = keep
 
 
 @contextmanager
@@ -385,8 +448,10 @@ def trace(
     tensors = tensors_of(model)
     tracked = {n: findings.label(n, t.shape) for n, t in tensors.items() if t.is_floating_point()}
 
-    def once(training: bool) -> set[str]:
+    def once(training: bool, graph: Graph) -> set[str]:
         values = _Values()
+        for name, tensor in tensors.items():
+            graph.leaf(tensor, name)
         for name, tracks in tracked.items():
             values.set(tensors[name], Value(tuple(tensors[name].shape), tracks))
         for leaf in pytree.tree_leaves((args, kwargs)):
@@ -402,23 +467,24 @@ def trace(
 
         touched: set[int] = set()
         with ExitStack() as exits:
-            for context in (unchanged(model), mode_of(model, training), plain_operations()):
+            for context in (unchanged(model), mode_of(model, training), all_candidates(model), plain_operations()):
                 exits.enter_context(context)
-            where = exits.enter_context(_paths(model, width))
-            exits.enter_context(_Recorder(values, findings, rules, default, where, touched))
+            where = exits.enter_context(_paths(model, width, graph.module))
+            exits.enter_context(_Recorder(values, findings, rules, default, where, touched, graph))
             out = run(model, args, kwargs)
         for tensor in output_tensors(out):
+            graph.result(tensor)
             for track in values.of(tensor).tracks:
                 findings.fix(track.labels, "it is an output of the model")
         return {n for n, t in tensors.items() if id(t) in touched}
 
-    used = once(training=False)
+    used = once(False, findings.graph)
     findings.parameters = {n: p.numel() for n, p in model.named_parameters()}
     unused = findings.parameters.keys() - used
     if unused:
         macs, prices = findings.macs, list(findings.prices)
         try:
-            used |= once(training=True)
+            used |= once(True, Graph())
             findings.training = True
         except ValueError as error:
             warnings.warn(

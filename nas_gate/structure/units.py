@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from nas_gate.structure import labels as lb
-from nas_gate.structure.trace import KERNEL, Findings, Movement
+from nas_gate.structure.trace import CHOICE, KERNEL, WIDTH, Findings, Movement, Switch
 
 Ints = npt.NDArray[np.int64]
 FIXED = -1
@@ -33,12 +33,18 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that have the same kinds of slots: units `start` to `start + size - 1` of the keep vector."""
+    """Units that are alike: units `start` to `start + size - 1` of the keep vector.
+
+    `kind` is WIDTH (units with the same kinds of slots), BRANCH (one unit: a residual branch) or CHOICE (one unit: a
+    candidate of a choice). `least` units at least stay open, for the network to stay whole.
+    """
 
     name: str
     start: int
     size: int
     members: tuple[Member, ...]
+    kind: str = WIDTH
+    least: int = 1
 
     @property
     def stop(self) -> int:
@@ -85,13 +91,45 @@ class Slots:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What goes when a branch's or candidate's unit closes.
+
+    `modules` with the size of the tuple that they give (None: a tensor), `loose` parameters of modules that stay, and
+    with both all `tensors` (parameters and buffers by their first names).
+    """
+
+    unit: int
+    modules: tuple[tuple[str, int | None], ...]
+    loose: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The units of a choice's candidates, in their order: exactly one of them is open."""
+
+    path: str
+    units: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A branch that is no unit, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Structure:
     """The frozen record of a model's removable units.
 
     `slots` says what removal cuts, `gates` which weights' slots gates multiply, `axes` and the terms what it costs
     (`macs` of one forward pass on the example inputs, `params`), `widths` the units along dimension 1 of the input
     of modules that keep this size as an attribute only, `norms` those along a dimension of the input of modules whose
-    statistics run over units.
+    statistics run over units. `parts` says what goes with the units of branches and candidates, `choices` which
+    candidates exclude each other, `kept` which branches are no units.
     """
 
     groups: tuple[Group, ...]
@@ -106,6 +144,9 @@ class Structure:
     norms: tuple[Slots, ...]
     labels: Ints = field(repr=False)
     """A label of every unit, by which `solve` can be told to fix it."""
+    parts: tuple[Part, ...] = ()
+    choices: tuple[Options, ...] = ()
+    kept: tuple[Kept, ...] = ()
 
     @property
     def units(self) -> int:
@@ -115,6 +156,28 @@ class Structure:
     def group_of_unit(self) -> Ints:
         """The group index of every unit, shape (units,)."""
         return np.repeat(np.arange(len(self.groups)), [g.size for g in self.groups])
+
+    def dense(self) -> Tensor:
+        """The keep of the model as it was given, shape (units,): everything, and of every choice the first."""
+        keep = torch.ones(self.units, dtype=torch.bool)
+        for choice in self.choices:
+            keep[list(choice.units[1:])] = False
+        return keep
+
+    def rivals(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """Sets of units of which a least and a most number stay open: groups, and choices in place of their groups.
+
+        (set of every unit, shape (units,); first unit, least and most of every set, shape (sets,)).
+        """
+        joined = {unit for choice in self.choices for unit in choice.units[1:]}
+        candidates = {choice.units[0]: len(choice.units) for choice in self.choices}
+        sets = [
+            (g.start, candidates[g.start], 1, 1) if g.start in candidates else (g.start, g.size, g.least, g.size)
+            for g in self.groups
+            if g.start not in joined
+        ]
+        start, size, least, most = np.array(sets, dtype=np.int64).reshape(-1, 4).T
+        return np.repeat(np.arange(len(sets)), size), start, least, most
 
     def open_units(self, keep: Tensor) -> Ints:
         """Kept units of every group, shape (groups,)."""
@@ -144,7 +207,9 @@ def solve(findings: Findings, refused: Iterable[tuple[Ints, str]] = ()) -> Struc
             axes = _Axes(findings, unit)
             refusals = [(np_labels, "it is the only unit of its group") for np_labels in axes.lonely()]
             if not refusals:
-                return _structure(findings, axes, reason, [text for _, text in fixes], gated)
+                structure = _structure(findings, axes, reason, [text for _, text in fixes], gated)
+                causes = {s.label: int(reason[s.label]) for s in findings.switches}
+                return _with_switches(structure, findings, {n: fixes[i][1] for n, i in causes.items() if i >= 0})
         equal += ties
         fixes += refusals
 
@@ -362,4 +427,45 @@ def _structure(
         widths=at_modules({path: (1, ids) for path, ids in findings.widths.items()}),
         norms=at_modules(findings.norms),
         labels=axes.labels[np.concatenate([*axes.kinds, np.zeros(0, np.int64)])],
+    )
+
+
+def _with_switches(structure: Structure, findings: Findings, fixed: Mapping[int, str]) -> Structure:
+    """The structure with a group of one unit for every switch whose label is not `fixed`, for which reason.
+
+    What an operation inside of it costs is multiplied by its keep: one more axis, of size 1 when it is open.
+    """
+    switches = [s for s in findings.switches if s.label not in fixed]
+    kept = [Kept(name, kind, why) for kind, name, why in findings.kept]
+    kept += [Kept(s.name, s.kind, fixed[s.label]) for s in findings.switches if s.label in fixed]
+    first, units, axes = len(structure.groups), structure.units, len(structure.axes)
+    inside: list[tuple[Switch, int]] = [(s, axes + i) for i, s in enumerate(switches)]
+    by_path: dict[str, list[int]] = {}
+    for i, s in enumerate(switches):
+        if s.kind == CHOICE:
+            by_path.setdefault(s.path, []).append(units + i)
+    return replace(
+        structure,
+        groups=(
+            *structure.groups,
+            *(
+                Group(s.name, units + i, 1, tuple(Member(w, 0, n) for w, n in s.weights), s.kind, 0)
+                for i, s in enumerate(switches)
+            ),
+        ),
+        gates=(
+            *structure.gates,
+            *(Slots(w, 0, np.full(n, units + i)) for i, s in enumerate(switches) for w, n in s.weights),
+        ),
+        axes=(*structure.axes, *(Axis(0, ((first + i, 1),)) for i in range(len(switches)))),
+        macs=tuple(
+            replace(t, axes=(*t.axes, *(a for s, a in inside if i in s.prices))) for i, t in enumerate(structure.macs)
+        ),
+        params=tuple(
+            replace(t, axes=(*t.axes, *(a for s, a in inside if t.where in s.tensors))) for t in structure.params
+        ),
+        labels=np.append(structure.labels, [s.label for s in switches]).astype(np.int64),
+        parts=tuple(Part(units + i, s.modules, s.loose, s.tensors) for i, s in enumerate(switches)),
+        choices=tuple(Options(path, tuple(of)) for path, of in by_path.items()),
+        kept=tuple(kept),
     )

@@ -1,0 +1,86 @@
+"""Modules of ours in a user's network: a choice among operators, and the zero that a closed branch leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Zero(nn.Module):
+    """What is left of a module in a residual branch that was removed: zeros of its first argument's size.
+
+    No parameters, no multiply-accumulates. The zeros are a new tensor, so that an operation in place on them leaves
+    the shortcut alone. Where the module gave a tuple of `outputs` values, the others are None.
+    """
+
+    def __init__(self, outputs: int | None = None) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Zeros like `first`, alone or as the first of a tuple."""
+        zeros = torch.zeros_like(first)
+        return zeros if self.outputs is None else (zeros, *[None] * (self.outputs - 1))
+
+    def extra_repr(self) -> str:
+        """The size of the tuple, if it is one."""
+        return "" if self.outputs is None else f"outputs={self.outputs}"
+
+
+class Choice(nn.Module):
+    """One of several modules with equal output shapes: gates decide which one.
+
+    In an attached model exactly one candidate is open at every step, the one of the largest gate weight (the first
+    of equal ones, so the first candidate at the beginning), and all receive the gradient of its gate: `forward` is
+    the sum of all candidates, each times its keep, of which one is 1 and the others are 0. Removal puts the chosen
+    candidate in the choice's place.
+
+    Without gates a choice is its first candidate in evaluation mode; that is also what the dense network computes
+    and costs. In training mode it is a candidate drawn anew for every call, each as likely as the others (Guo et
+    al.: "Single Path One-Shot Neural Architecture Search with Uniform Sampling", ECCV 2020), so that training the
+    network before gates are attached trains all candidates. Torch's random state decides.
+
+    Args:
+        candidates: at least two modules that take the same arguments and give one tensor of the same shape. They
+            must not change their arguments in place, and not share parameters.
+
+    Raises:
+        ValueError: fewer than two candidates, or candidates that share a parameter.
+    """
+
+    keep: Tensor | None
+
+    def __init__(self, candidates: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.candidates = nn.ModuleList(candidates)
+        if len(self.candidates) < 2:
+            raise ValueError(f"a Choice needs at least two candidates, but got {len(self.candidates)}")
+        owner: dict[int, int] = {}
+        for index, candidate in enumerate(self.candidates):
+            for name, parameter in candidate.named_parameters():
+                if (first := owner.setdefault(id(parameter), index)) != index:
+                    raise ValueError(
+                        f"the candidates of a Choice must not share parameters, but {name!r} of candidate {index} is "
+                        f"also in candidate {first}"
+                    )
+        self.register_buffer("keep", None, persistent=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the open candidate gives."""
+        if self.keep is None:
+            index = int(torch.randint(len(self.candidates), ())) if self.training else 0
+            alone: Tensor = self.candidates[index](*args, **kwargs)
+            return alone
+        outputs = [candidate(*args, **kwargs) for candidate in self.candidates]
+        result: Tensor = outputs[0] * self.keep[0]
+        for index, output in enumerate(outputs[1:], 1):
+            if output.shape != outputs[0].shape:
+                raise ValueError(
+                    f"all candidates of a Choice must give the same shape, but candidate 0 gives "
+                    f"{tuple(outputs[0].shape)} and candidate {index} {tuple(output.shape)}"
+                )
+            result = result + output * self.keep[index]
+        return result
