@@ -177,6 +177,7 @@ def test_a_study_of_searches_interrupted_killed_and_run_again(tmp_path: Path):
         (["target=interval(0.3,0.7)", "hardware.devices=2"], "`hardware.devices` must be 1, but is 2"),
         (["seed=range(3)", "targets=[0.7,0.5]", "hydra.sweeper.early_stopping={}"], "asks for several"),
         (["hydra.sweeper.space_function=nowhere:f"], "'nowhere:f' cannot be imported"),
+        (["seed=range(3)", "hydra/launcher=cluster", "hydra.sweeper.early_stopping={}"], "hydra/launcher=cluster runs"),
     ],
 )
 def test_a_mistake_is_one_message_and_nothing_is_run(
@@ -188,7 +189,10 @@ def test_a_mistake_is_one_message_and_nothing_is_run(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the command sets it; put back afterwards
-    assert cli.main(["search", "-m", *arguments]) == 2
+    launcher = tmp_path / "own" / "hydra" / "launcher" / "cluster.yaml"
+    launcher.parent.mkdir(parents=True)
+    launcher.write_text("_target_: hydra._internal.core_plugins.basic_launcher.BasicLauncher\n")
+    assert cli.main(["search", "-m", "--config-dir", "own", *arguments]) == 2
     shown = capsys.readouterr()
     assert message in shown.err
     assert "Traceback" not in shown.err

@@ -8,7 +8,8 @@ On a cluster, N copies of one command share the study's budget. Under Slurm, wit
 
 A job killed at its time limit leaves its trial to the others; submitting the array again continues the study. The
 trials themselves go through Hydra's launcher: with `hydra/launcher=submitit_slurm` (from hydra-submitit-launcher) each
-is a Slurm job of its own, and `hydra.sweeper.n_workers=8` keeps eight in flight; trials are then not stopped early.
+is a Slurm job of its own, and `hydra.sweeper.n_workers=8` keeps eight in flight; early stopping, which could not reach
+them, is refused.
 """
 
 from __future__ import annotations
@@ -84,6 +85,12 @@ class StudySweeper(Sweeper):
     def _refuse_what_no_trial_can_do(self, plan: Plan) -> None:
         corner = [parameter.override(parameter.example()) for parameter in plan.space.parameters.values()]
         config = self._loader.load_sweep_config(self._config, [*plan.fixed, *corner])
+        launcher = config.hydra.runtime.choices["hydra/launcher"]
+        if plan.early_stopping is not None and launcher != "basic":
+            raise Refused(
+                "`early_stopping` looks at every epoch of a trial in the study's own processes, but "
+                f"hydra/launcher={launcher} runs trials elsewhere: leave one of the two out."
+            )
         if plan.early_stopping is not None and config.targets is not None:
             raise Refused(
                 f"`early_stopping` ends a trial for the sake of its one candidate, but targets={config.targets} asks "
