@@ -41,11 +41,11 @@ def take_part(overrides: list[str]) -> None:
     """What the command line does, with another job."""
     import hydra
 
-    from nas_gate.cli import conf_dir, register_resolvers
+    from nas_gate.cli import conf_dir, register_resolvers, settings_of
     from nas_gate.study.sweeper import register
 
     register_resolvers()
-    register([sys.executable, __file__, "--take-part", *overrides])
+    register([sys.executable, __file__, "--take-part", *overrides], settings_of)
     sys.argv = ["search", *overrides]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(no_work)()
 

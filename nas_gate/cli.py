@@ -130,7 +130,7 @@ def _search(overrides: Sequence[str]) -> None:
     from nas_gate.study.sweeper import register
 
     _prepare_hydra()
-    register([sys.executable, "-m", "nas_gate.cli", "search", *overrides])
+    register([sys.executable, "-m", "nas_gate.cli", "search", *overrides], settings_of)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach `_told`, which tells mistakes from defects
     failed: list[Exception] = []
     command = sys.argv

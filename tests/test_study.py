@@ -389,6 +389,18 @@ def test_enqueued_trials_come_first_with_their_own_overrides(tmp_path: Path):
     assert trials_of(a_plan)[0].params == {"x": 0.25, "width": 2}
 
 
+def test_enqueued_trials_are_foreseen_as_they_will_be(tmp_path: Path):
+    enqueue: Any = ({"x": 0.25, "seed": 7}, {"seed": 8}, {"seed": 8})
+    a_plan = plan(tmp_path, n_trials=3, enqueue=enqueue)
+    run(a_plan, counting(1, 0.0), [], QUIET)
+    given = [json.loads((a_plan.folder / str(n) / "overrides").read_text()) for n in range(2)]
+    assert list(a_plan.foreseen()) == [*a_plan.space.ends(), *given]
+    completed = replace(a_plan, space=Space({}, conditional, "test_study:conditional"), enqueue=({"kind": "b"},))
+    ((x, kind, _),) = completed.foreseen()
+    assert x.startswith("x=0.")
+    assert kind == "kind=b"
+
+
 def conditional(trial: optuna.Trial) -> list[str]:
     kind = trial.suggest_categorical("kind", ["a", "b"])
     return [f"x={trial.suggest_float('x_' + kind, 0, 1)}", f"kind={kind}"]

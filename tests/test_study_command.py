@@ -177,6 +177,11 @@ def test_a_study_of_searches_interrupted_killed_and_run_again(tmp_path: Path):
         (["target=interval(0.3,0.7)", "hardware.devices=2"], "`hardware.devices` must be 1, but is 2"),
         (["seed=range(3)", "targets=[0.7,0.5]", "hydra.sweeper.early_stopping={}"], "asks for several"),
         (["hydra.sweeper.space_function=nowhere:f"], "'nowhere:f' cannot be imported"),
+        (["seed=range(3)", "hydra/launcher=cluster", "hydra.sweeper.early_stopping={}"], "hydra/launcher=cluster runs"),
+        (["seed=range(3)", "hydra.sweeper.enqueue=[{seed:1},{methodd:l1}]"], "methodd=l1: Could not override"),
+        (["seed=range(3)", "hydra.sweeper.enqueue=[{method:l3}]"], "method=l3: `method` must be one of"),
+        (["target=interval(0.3,1.5)"], "No trial can have target=1.5: `0 < target < 1` must hold"),
+        (["seed=range(3)", "method=choice(l1,gates,l3)"], "No trial can have seed=0 method=l3: `method` must"),
     ],
 )
 def test_a_mistake_is_one_message_and_nothing_is_run(
@@ -188,7 +193,10 @@ def test_a_mistake_is_one_message_and_nothing_is_run(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the command sets it; put back afterwards
-    assert cli.main(["search", "-m", *arguments]) == 2
+    launcher = tmp_path / "own" / "hydra" / "launcher" / "cluster.yaml"
+    launcher.parent.mkdir(parents=True)
+    launcher.write_text("_target_: hydra._internal.core_plugins.basic_launcher.BasicLauncher\n")
+    assert cli.main(["search", "-m", "--config-dir", "own", *arguments]) == 2
     shown = capsys.readouterr()
     assert message in shown.err
     assert "Traceback" not in shown.err
@@ -249,6 +257,17 @@ def test_a_space_that_cannot_be_is_refused_with_its_text(text: str, message: str
     with pytest.raises(Refused, match=message) as refused:
         parse([f"target={text}"])
     assert f"target={text}" in str(refused.value)
+
+
+def test_the_ends_of_a_space_one_at_a_time():
+    searched, _ = parse(["a=interval(0,1)", "b=choice(x,y,z)", "+c=range(0.1,0.4,0.1)", "d=range(1)"])
+    assert [" ".join(overrides) for overrides in Space(searched).ends()] == [
+        "a=0.0 b=x +c=0.1 d=0",
+        "a=1.0 b=x +c=0.1 d=0",
+        "a=0.0 b=y +c=0.1 d=0",
+        "a=0.0 b=z +c=0.1 d=0",
+        "a=0.0 b=x +c=0.3 d=0",
+    ]
 
 
 def test_a_later_override_replaces_an_earlier_one():

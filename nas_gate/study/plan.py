@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 from optuna.study import Study, StudyDirection
+from optuna.trial import Trial
 
 from nas_gate.errors import Refused
 from nas_gate.study.early_stopping import EarlyStopping
 from nas_gate.study.samplers import PerTrial, make_sampler
-from nas_gate.study.space import Space
+from nas_gate.study.space import Space, as_overrides
 from nas_gate.study.storage import open_storage, shown
 from nas_gate.training import replacing, require
 
@@ -88,6 +89,27 @@ class Plan:
     def make_sampler(self, number: int) -> BaseSampler:
         """The sampler of trial `number`."""
         return make_sampler(self.sampler, self.sampler_arguments, self.seed, number)
+
+    def overrides(self, trial: Trial) -> list[str]:
+        """What a trial is run with: the overrides of all trials, its own values, and what else was enqueued for it."""
+        given = self.enqueue[trial.number] if trial.number < len(self.enqueue) else {}
+        others = {name: value for name, value in given.items() if name not in self.space.parameters}
+        return [*self.fixed, *self.space.overrides(trial), *as_overrides(others)]
+
+    def foreseen(self) -> Iterator[list[str]]:
+        """The overrides of trials that must be possible: at the ends of the space, and the enqueued ones.
+
+        The ends of a space that a function completes are not foreseen.
+        """
+        if self.space.function is None:
+            for overrides in self.space.ends():
+                yield [*self.fixed, *overrides]
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(sampler=PerTrial(self.make_sampler, self.enqueue))  # in memory
+        for number, given in enumerate(self.enqueue):
+            trial = study.ask(fixed_distributions=self.space.distributions)
+            if given not in self.enqueue[:number]:
+                yield self.overrides(trial)
 
     def definition(self) -> dict[str, Any]:
         """What all who take part must have the same, as JSON holds it."""

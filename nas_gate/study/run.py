@@ -37,7 +37,6 @@ from nas_gate.study.claims import BEATS, ERROR, FATAL, Claim, Claims, run_lock
 from nas_gate.study.context import Lost, Stopped
 from nas_gate.study.plan import Joined, Plan, join
 from nas_gate.study.progress import SECONDS, Progress
-from nas_gate.study.space import as_overrides
 
 WORKER = "NAS_GATE_STUDY_RUN"
 """In a worker's environment: the run that its supervisor began."""
@@ -109,8 +108,7 @@ def _attempt(claim: Claim, joined: Joined, job: Job) -> None:
     folder = plan.folder / str(claim.number)
     try:
         with claim.beating():
-            overrides = [*plan.fixed, *plan.space.overrides(trial), *_enqueued(plan, claim.number)]
-            figures = _plain(job(Running(claim.number, folder, overrides, _watch(claim, joined))))
+            figures = _plain(job(Running(claim.number, folder, plan.overrides(trial), _watch(claim, joined))))
             missing = [name for name in (*plan.objectives, *plan.constraints) if name not in figures]
             values = [] if missing else [_number(name, figures[name]) for name in plan.objectives]
             bounds = {} if missing else {name: _number(name, figures[name]) for name in plan.constraints}
@@ -145,11 +143,6 @@ def _attempt(claim: Claim, joined: Joined, job: Job) -> None:
             if name not in trial.constraints:  # an earlier owner may have come this far
                 trial.set_constraint(name, value - plan.constraints[name])
         claim.tell(TrialState.COMPLETE, values)
-
-
-def _enqueued(plan: Plan, number: int) -> list[str]:
-    given = plan.enqueue[number] if number < len(plan.enqueue) else {}
-    return as_overrides({name: value for name, value in given.items() if name not in plan.space.parameters})
 
 
 def _watch(claim: Claim, joined: Joined) -> EpochHook:

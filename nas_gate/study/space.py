@@ -57,10 +57,13 @@ class Parameter:
         assert isinstance(of, CategoricalDistribution)
         return trial.suggest_categorical(name, of.choices)
 
-    def example(self) -> Any:
-        """One of the values."""
+    def ends(self) -> tuple[Any, ...]:
+        """The lowest value and the highest; of choices, all."""
         of = self.distribution
-        return of.choices[0] if isinstance(of, CategoricalDistribution) else of.low  # type: ignore[attr-defined]
+        if isinstance(of, CategoricalDistribution):
+            return tuple(of.choices)
+        assert isinstance(of, FloatDistribution | IntDistribution)
+        return tuple(sorted({of.low, of.high}))
 
     def check(self, name: str, value: Any) -> None:
         """Refused unless `value` can be drawn."""
@@ -92,6 +95,15 @@ class Space:
         """The overrides of a trial; values that it has already are kept, the others drawn."""
         given = [parameter.override(parameter.suggest(trial, name)) for name, parameter in self.parameters.items()]
         return given + (list(self.function(trial)) if self.function is not None else [])
+
+    def ends(self) -> list[list[str]]:
+        """The overrides of trials at the ends, one parameter at a time: first all at their first value, then each in
+        turn at its others. What the function adds is left out.
+        """
+        first = {name: parameter.ends()[0] for name, parameter in self.parameters.items()}
+        others = [{name: value} for name, parameter in self.parameters.items() for value in parameter.ends()[1:]]
+        points = [first, *({**first, **other} for other in others)]
+        return [[self.parameters[name].override(value) for name, value in point.items()] for point in points]
 
     def describe(self) -> dict[str, str]:
         """Every parameter's distribution, as text."""

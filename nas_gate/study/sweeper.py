@@ -8,37 +8,46 @@ On a cluster, N copies of one command share the study's budget. Under Slurm, wit
 
 A job killed at its time limit leaves its trial to the others; submitting the array again continues the study. The
 trials themselves go through Hydra's launcher: with `hydra/launcher=submitit_slurm` (from hydra-submitit-launcher) each
-is a Slurm job of its own, and `hydra.sweeper.n_workers=8` keeps eight in flight; trials are then not stopped early.
+is a Slurm job of its own, and `hydra.sweeper.n_workers=8` keeps eight in flight; early stopping, which could not reach
+them, is refused.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from nas_gate.errors import Refused
 from nas_gate.study.context import looking_on
 from nas_gate.study.early_stopping import EarlyStopping
 from nas_gate.study.plan import Plan
-from nas_gate.study.run import Running, run
+from nas_gate.study.run import WORKER, Running, run
 from nas_gate.study.space import Space, as_overrides, load_function, parse
 
+Check = Callable[[Any], object]
+"""Raises Refused for a trial's whole configuration, as plain values, that no trial can be run with."""
+
 _command: list[str] = []
+_check: list[Check] = []
 
 
-def register(command: Sequence[str]) -> None:
+def register(command: Sequence[str], check: Check) -> None:
     """Make the sweeper known to Hydra; `command` starts this program again."""
-    _command[:] = command
+    _command[:], _check[:] = command, [check]
     # Hydra makes sweepers only from modules below hydra_plugins: this one goes by such a name, too, which spares
     # a second package at the top level
     Plugins.instance().register(StudySweeper)
@@ -82,13 +91,32 @@ class StudySweeper(Sweeper):
         run(plan, job, _command)
 
     def _refuse_what_no_trial_can_do(self, plan: Plan) -> None:
-        corner = [parameter.override(parameter.example()) for parameter in plan.space.parameters.values()]
-        config = self._loader.load_sweep_config(self._config, [*plan.fixed, *corner])
+        config = self._loader.load_sweep_config(self._config, [*plan.fixed, *plan.space.ends()[0]])
+        launcher = config.hydra.runtime.choices["hydra/launcher"]
+        if plan.early_stopping is not None and launcher != "basic":
+            raise Refused(
+                "`early_stopping` looks at every epoch of a trial in the study's own processes, but "
+                f"hydra/launcher={launcher} runs trials elsewhere: leave one of the two out."
+            )
         if plan.early_stopping is not None and config.targets is not None:
             raise Refused(
                 f"`early_stopping` ends a trial for the sake of its one candidate, but targets={config.targets} asks "
                 "for several: give `target` or leave early stopping out."
             )
+        if WORKER not in os.environ:  # its supervisor has looked
+            for overrides in plan.foreseen():
+                self._refuse_without_settings(overrides, overrides[len(plan.fixed) :])
+
+    def _refuse_without_settings(self, overrides: Sequence[str], own: Sequence[str]) -> None:
+        try:
+            config = self._loader.load_sweep_config(self._config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id = config.hydra.job.num = 0
+            HydraConfig.instance().set_config(config)  # as a launcher does, for ${hydra:...} in a configuration
+            job = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            _check[0](OmegaConf.to_container(job, resolve=True, throw_on_missing=True))
+        except (Refused, HydraException, OmegaConfBaseException) as error:
+            raise Refused(f"No trial can have {' '.join(own)}: {error}") from error
 
 
 def plan_of(settings: Mapping[str, Any], arguments: Sequence[str], folder: Path, config_loader: Any = None) -> Plan:
