@@ -45,7 +45,7 @@ def prepare(settings: Settings) -> Prepared:
     """Load, build and check everything, so that whatever can be refused is refused before any training."""
     with refusing():
         fabric = connect(settings.hardware)
-        task = make_task(settings.task.name, **settings.task.arguments)
+        task = task_of(settings)
         data = load_data(settings)
         dense, model_arguments = seeded_model(settings, data.in_channels, data.num_classes)
         gate = make_gate(settings.gate.name, **settings.gate.arguments)
@@ -80,6 +80,12 @@ def decide(settings: Settings, gated: GatedModel, target: float) -> Tensor:
     else:
         scores = baselines.score(settings.method, gated.structure, gated.model, settings.seed)
     return choose(gated.structure, scores, target, settings.metric, settings.round_to)
+
+
+def task_of(settings: Settings) -> Task:
+    """The settings' task; Refused where it cannot be made."""
+    with refusing():
+        return make_task(settings.task.name, **settings.task.arguments)
 
 
 def try_task(task: Task, model: nn.Module, data: datasets.Data) -> None:
