@@ -14,10 +14,10 @@ from nas_gate import models
 from nas_gate.cost import MEASURED
 from nas_gate.latency import machine
 from nas_gate.pareto import hypervolume
-from nas_gate.prepare import Prepared
+from nas_gate.prepare import Prepared, task_of
 from nas_gate.removal import Removed
 from nas_gate.settings import Leg, Plain, Settings
-from nas_gate.tasks import Metric, make_task
+from nas_gate.tasks import Metric
 from nas_gate.training import Epoch
 
 STAGES = {"dense": "dense", "gated": "gated", "landed": "landed", "finetuned": "fine-tuned"}
@@ -81,7 +81,7 @@ def figures(
 
 
 def named(figures: Plain, metric: str) -> dict[str, Any]:
-    """`figures` of an epoch or a candidate, with the metric's name in place of `accuracy` in their keys."""
+    """The figures of an epoch or a candidate, with the metric's name for `accuracy` in their keys."""
     return {key.replace("accuracy", metric): value for key, value in figures.items()}
 
 
@@ -139,7 +139,7 @@ def report(settings: Settings, result: Plain, candidates: Sequence[Plain], conso
 
     A row per stage of the trial's only candidate, or one per candidate where `targets` asked for several.
     """
-    metric = make_task(settings.task.name, **settings.task.arguments).metric
+    metric = task_of(settings).metric
     timed = [MEASURED[0]] if "dense_predicted_latency_ms" in result else []
     columns = [metric.label, "MACs", "params", *("predicted ms" for _ in timed), f"share of {result['metric']}"]
     table = Table("", *columns, title="validation")

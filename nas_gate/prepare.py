@@ -56,7 +56,7 @@ def prepare(settings: Settings, cache_dir: Path | None = None, console: Console 
     """
     with refusing():
         fabric = connect(settings.hardware)
-        task = make_task(settings.task.name, **settings.task.arguments)
+        task = task_of(settings)
         data = load_data(settings)
         dense, model_arguments = seeded_model(settings, data.in_channels, data.num_classes)
         gate = make_gate(settings.gate.name, **settings.gate.arguments)
@@ -128,6 +128,12 @@ def time_operations(
 def timed_input(settings: Settings, data: datasets.Data) -> Tensor:
     """The batch whose latency is meant."""
     return batch((data.in_channels, *data.image_size), settings.latency.batch)
+
+
+def task_of(settings: Settings) -> Task:
+    """The settings' task; Refused where it cannot be made."""
+    with refusing():
+        return make_task(settings.task.name, **settings.task.arguments)
 
 
 def try_task(task: Task, model: nn.Module, data: datasets.Data) -> None:

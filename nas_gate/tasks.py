@@ -18,6 +18,9 @@ from torch import Tensor
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(outputs (N, ...), inputs (N, ...), targets (N, ...)) -> scalar loss, a mean over the N examples."""
 
+TAKEN = ("loss", "epoch", "seconds", "figures", "macs", "params", "method", "metric", "target", "achieved", "path")
+"""Names that other figures of an epoch or a candidate have."""
+
 VOID = 255
 """The label of pixels that belong to no class: neither loss nor metric sees them (as in Pascal VOC)."""
 
@@ -27,7 +30,7 @@ class Metric:
     """A figure of a whole data set, from counts that add up over batches and processes.
 
     Args:
-        name: the figure's name in results, e.g. "accuracy".
+        name: the figure's name in results, e.g. "accuracy"; ValueError where another figure has it.
         count: (outputs (N, ...), targets (N, ...)) -> a tensor of counts, always of one shape.
         value: the sum of all counts, float64 -> the figure.
         higher_is_better: its direction.
@@ -39,6 +42,10 @@ class Metric:
     value: Callable[[Tensor], float]
     higher_is_better: bool = True
     shown: str = ".2%"
+
+    def __post_init__(self) -> None:
+        if self.name in TAKEN or not self.name.isidentifier():
+            raise ValueError(f"A metric's name must be an identifier and none of {TAKEN}, but is {self.name!r}.")
 
     @property
     def label(self) -> str:

@@ -116,6 +116,12 @@ def test_what_is_no_task(name: str, arguments: dict, error: type, message: str, 
         make_task(name, **arguments)
 
 
+@pytest.mark.parametrize("name", ["loss", "macs", "mean iou", ""])
+def test_a_metrics_name_is_no_other_figures(name: str):
+    with pytest.raises(ValueError, match=f"must be an identifier and none of .*'macs'.* but is '{name}'"):
+        Metric(name, tasks.confusion, float)
+
+
 # --- in the program ---
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nas_gate.data.schedule import stratified_split
+from nas_gate.data.shapes import CLASSES, draw
 from nas_gate.tasks import VOID
 
 ROOT_VARIABLE = "NAS_GATE_DATA"
@@ -79,8 +80,6 @@ def digits(root: Path | None, download: bool) -> Arrays:
 
 def shapes(root: Path | None, download: bool) -> Arrays:
     """Pictures of shapes with a class per pixel, drawn here: root is not used."""
-    from nas_gate.data.shapes import CLASSES, draw
-
     return Arrays(*draw(512, "train"), *draw(128, "test"), len(CLASSES))
 
 
