@@ -113,7 +113,8 @@ class LatencyModel(nn.Module):
         sizes = torch.tensor(list(table.groups.values()), dtype=torch.float64)
         dense, thinnest = (float(self._alone(n).sum()) for n in (sizes, torch.ones_like(sizes)))
         rise = table.dense_ms - table.thinnest_ms
-        self.scale = max(0.0, rise / (dense - thinnest)) if dense > thinnest else 0.0
+        # at most as much as leaves the overhead at 0 or above, however noisy the two were
+        self.scale = min(max(0.0, rise / (dense - thinnest)), table.dense_ms / dense) if dense > thinnest else 0.0
         """Milliseconds within the network for one of an operation alone."""
         self.overhead = (table.dense_ms - self.scale * dense) / max(1, operations)
         """Milliseconds around every operation."""
