@@ -68,8 +68,10 @@ class LatencyTable:
     def check(self, structure: Structure) -> None:
         """Raise ValueError unless the table belongs to a network of this structure."""
         own = {g.name: g.size for g in structure.groups}
-        if differing := sorted(set(own.items()) ^ set(self.groups.items())):
-            name = differing[0][0]
+        if list(own.items()) != list(self.groups.items()):
+            name = next((n for n in {**own, **self.groups} if own.get(n) != self.groups.get(n)), None)
+            if name is None:
+                raise ValueError("the latency table must belong to the network, but its groups stand in another order")
             raise ValueError(
                 f"the latency table must belong to the network, but its group {name!r} has {self.groups.get(name, 0)} "
                 f"units there and {own.get(name, 0)} here: measure the latency again"

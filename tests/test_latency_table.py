@@ -189,6 +189,14 @@ def test_a_table_of_another_network_is_refused(gated: nas_gate.GatedModel) -> No
         other.add_latency(gated.cost.table)
 
 
+def test_groups_in_another_order_are_refused(gated: nas_gate.GatedModel) -> None:
+    table = gated.cost.table
+    assert table is not None
+    turned = replace(table, groups=dict(reversed(list(table.groups.items()))))
+    with pytest.raises(ValueError, match="its groups stand in another order"):
+        CostModel(gated.structure, turned)
+
+
 def test_targets_are_milliseconds(gated: nas_gate.GatedModel) -> None:
     dense = gated.cost.total("latency_ms")
     lowest, highest = nas_gate.reachable(gated.structure, "latency_ms", latency=gated.cost.table)
