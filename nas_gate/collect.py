@@ -83,7 +83,8 @@ def collect(folders: Sequence[Path]) -> Collected:
             for run in runs:
                 try:
                     row = _row(study, number, run, settings)
-                    latencies[row["path"]] = _measured(run / CANDIDATE / latency.RECORD)
+                    measured = _measured(run / CANDIDATE / latency.RECORD)
+                    latencies[row["path"]] = [*measured, *_of_search(_json(run / RESULT), settings)]
                 except _Unreadable as error:
                     skipped.append(Skipped(run, str(error)))
                 else:
@@ -222,6 +223,23 @@ def _measured(path: Path) -> list[Plain]:
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise _Unreadable(f"{path.name} is damaged: {error!r}") from error
+
+
+def _of_search(result: Plain, settings: Plain) -> list[Plain]:
+    """The latency that the search itself measured, if it did."""
+    if "latency_ms" not in result:
+        return []
+    try:
+        timing = settings["latency"]
+        return [
+            {
+                "condition": ("PyTorch (fastest run)", timing["batch"], timing["threads"], result["latency_machine"]),
+                "latency_ms": float(result["latency_ms"]),
+                "dense_latency_ms": float(result["dense_latency_ms"]),
+            }
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _Unreadable(f"{RESULT} and {SETTINGS} must say how latency was measured: {error!r}") from error
 
 
 def _with_latency(table: pd.DataFrame, latencies: Mapping[str, Sequence[Plain]]) -> tuple[pd.DataFrame, str | None]:

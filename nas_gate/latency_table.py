@@ -68,8 +68,10 @@ class LatencyTable:
     def check(self, structure: Structure) -> None:
         """Raise ValueError unless the table belongs to a network of this structure."""
         own = {g.name: g.size for g in structure.groups}
-        if differing := sorted(set(own.items()) ^ set(self.groups.items())):
-            name = differing[0][0]
+        if list(own.items()) != list(self.groups.items()):
+            name = next((n for n in {**own, **self.groups} if own.get(n) != self.groups.get(n)), None)
+            if name is None:
+                raise ValueError("the latency table must belong to the network, but its groups stand in another order")
             raise ValueError(
                 f"the latency table must belong to the network, but its group {name!r} has {self.groups.get(name, 0)} "
                 f"units there and {own.get(name, 0)} here: measure the latency again"
@@ -113,7 +115,8 @@ class LatencyModel(nn.Module):
         sizes = torch.tensor(list(table.groups.values()), dtype=torch.float64)
         dense, thinnest = (float(self._alone(n).sum()) for n in (sizes, torch.ones_like(sizes)))
         rise = table.dense_ms - table.thinnest_ms
-        self.scale = max(0.0, rise / (dense - thinnest)) if dense > thinnest else 0.0
+        # at most as much as leaves the overhead at 0 or above, however noisy the two were
+        self.scale = min(max(0.0, rise / (dense - thinnest)), table.dense_ms / dense) if dense > thinnest else 0.0
         """Milliseconds within the network for one of an operation alone."""
         self.overhead = (table.dense_ms - self.scale * dense) / max(1, operations)
         """Milliseconds around every operation."""

@@ -73,8 +73,7 @@ def figures(
         result["dense_latency_ms"], result["latency_ms"] = latencies
         result["predicted_latency_ms"] = last.latency_ms
         result["latency_relative_error"] = last.latency_ms / latencies[1] - 1
-        timing = settings.latency
-        result["latency_condition"] = f"PyTorch, batch {timing.batch}, threads {timing.threads}, on {machine()}"
+        result["latency_machine"] = machine()
     for name, history in histories.items():
         result[f"seconds_{name}"] = sum(epoch.seconds for epoch in history)
     return {**result, "path": str(path)}
@@ -165,7 +164,7 @@ def report(settings: Settings, result: Plain, candidates: Sequence[Plain], conso
             console,
             f"latency: {candidate['predicted_latency_ms']:.3f} ms predicted, {candidate['latency_ms']:.3f} ms measured "
             f"(error {candidate['latency_relative_error']:+.1%}; dense {candidate['dense_latency_ms']:.3f} ms; "
-            f"{candidate['latency_condition']})",
+            f"batch {settings.latency.batch}, threads {settings.latency.threads}, on {candidate['latency_machine']})",
         )
     if result[f"test_{metric.name}"] is not None:
         tested = ", ".join(metric.show(c[f"test_{metric.name}"]) for c in candidates)

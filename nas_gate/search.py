@@ -124,7 +124,7 @@ def search(
     other tasks than classification the metric's name stands for `accuracy` in all of these.
     Where latency is a target or a limit also `latency_ms` and `dense_latency_ms` (measured on the finished candidate
     and the dense network in turns), `predicted_latency_ms`, `latency_relative_error` (predicted / measured - 1),
-    `latency_condition`, and `<stage>_predicted_latency_ms`.
+    `latency_machine`, and `<stage>_predicted_latency_ms`.
 
     With `settings.targets` each candidate has these files in its own folder, `target-0.5` (say) below `run_dir`. The
     results returned are then those of the last target, with the folders' names in `candidates` and the `hypervolume`

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 import nas_gate
 from nas_gate import budgets, data, models, search
 from nas_gate.cli import composed, conf_dir, settings_of, sweeps_dir
+from nas_gate.errors import Refused
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
@@ -110,11 +111,35 @@ def test_the_run_folder_follows_from_what_determines_the_result(tmp_path: Path):
     assert plain.startswith("runs/digits_cnn-digits-macs0.5-seed0-")
     assert folder("cache_dir=elsewhere") == plain
     assert folder("+data.root=elsewhere") == plain
-    for other in ("budget.arguments.weight=5", "gate=gumbel", "training.cycle.epochs=50", "test=false"):
+    for other in (
+        "budget.arguments.weight=5",
+        "limits.params=0.4",
+        "latency.batch=2",
+        "gate=gumbel",
+        "training.cycle.epochs=50",
+        "test=false",
+    ):
         assert folder(other) != plain
     assert "-seed0-l1-" in folder("method=l1")
     assert "-macs0.7-0.3-" in folder("targets=[0.7,0.3]")
     assert folder("run=mine") == "runs/mine"
+
+
+def test_limits_and_latency():
+    assert settings_of(composed([])).limits == {}
+    settings = settings_of(composed(["limits.latency_ms=2", "limits.params=0.4", "latency.batch=8", "round_to=8"]))
+    assert settings.limits == {"latency_ms": 2.0, "params": 0.4}
+    assert settings.latency == search.Timing(batch=8, threads=1)
+    assert settings_of(composed(["metric=latency_ms", "targets=[3,2.5]"])).targets == (3.0, 2.5)
+    for override, message in (
+        ("limits.params=half", "`limits.params` must be float, but is 'half'"),
+        ("limits.params=40", r"`0 < limits.params < 1` must hold"),
+        ("+limits.flops=0.4", "latency_ms, but is 'flops'"),
+        ("limits.macs=0.4", "limits must be of other metrics than the target"),
+        ("latency.threads=0", "`latency.threads >= 1` must hold"),
+    ):
+        with pytest.raises(Refused, match=message):
+            settings_of(composed([override]))
 
 
 def test_debug_is_short_and_changes_nothing_but_lengths():

@@ -14,6 +14,7 @@ from torch import nn
 
 import nas_gate
 from nas_gate import baselines, budgets, data, folders, landing, models, search, training
+from nas_gate.collect import collect
 from nas_gate.errors import Diverged, InUse, Refused
 from nas_gate.search import Gating, Named, Settings
 from nas_gate.training import Hardware, Recipe
@@ -318,7 +319,7 @@ def test_the_hook_sees_every_epoch_once_and_may_end_the_trial(whole: tuple[Path,
 def test_legs_share_the_gated_epochs():
     settings = replace(TINY, cycle=Recipe(epochs=20), gating=Gating(epochs=8), targets=(0.7, 0.5, 0.2), target=0.5)
     assert [(leg.above, leg.target, leg.begin, leg.end) for leg in settings.legs()] == [
-        (1.0, 0.7, 0, 2),
+        (None, 0.7, 0, 2),
         (0.7, 0.5, 2, 5),
         (0.5, 0.2, 5, 8),
     ]
@@ -366,6 +367,65 @@ def test_the_penalty_follows_the_descending_target():
         assert float(controller.loss().detach()) == pytest.approx(2 * (1 - target) ** 2, abs=1e-6)
 
 
+def test_limits_descend_with_the_first_target():
+    gated = nas_gate.attach(models.build("digits_cnn", width=0.25), torch.zeros(1, 1, 8, 8))
+    settings = replace(SEVERAL, gating=Gating(epochs=4, descent=0.5), limits={"params": 0.2})
+    budget = budgets.make_budget("penalty", "macs", weight=2.0, power=1)
+    controller = budgets.GateController(gated, budget, settings)
+    for epoch, target, limit in ((0.0, 1.0, 1.0), (0.5, 0.85, 0.6), (1.0, 0.7, 0.2), (2.5, 0.55, 0.2), (3.9, 0.4, 0.2)):
+        controller.before_step(epoch)
+        assert float(controller.loss().detach()) == pytest.approx(2 * (1 - target) + 2 * (1 - limit), abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Settings, dict[str, Any], str]:
+    """A finished trial with a latency in the middle of what is reachable, and a limit: see `whole`."""
+    folder, text = tmp_path_factory.mktemp("timed"), io.StringIO()
+    short = replace(TINY, dense=replace(RECIPE, epochs=1), cycle=RECIPE, gating=replace(TINY.gating, epochs=1))
+    settings = replace(short, metric="latency_ms", target=1e9, limits={"params": 0.5}, latency=search.Timing(batch=2))
+    prepared = search.prepare(settings, folder / "dense")
+    middle = (prepared.lowest + prepared.gated.cost.total("latency_ms")) / 2
+    settings = replace(settings, target=middle)
+    before = {p: p.stat().st_mtime_ns for p in (folder / "dense").glob("*/table.json")}
+    result = run(folder, settings, console=Console(file=text, width=140))
+    assert {p: p.stat().st_mtime_ns for p in (folder / "dense").glob("*/table.json")} == before
+    assert len(before) == 1
+    return folder, settings, result, text.getvalue()
+
+
+def test_a_latency_is_met_and_measured(timed: tuple[Path, Settings, dict[str, Any], str]):
+    folder, settings, result, text = timed
+    assert result["achieved"] == result["predicted_latency_ms"] == result["landed_predicted_latency_ms"]
+    assert result["achieved"] <= result["target"] == settings.target
+    assert result["params"] <= 0.5 * result["dense_params"]
+    assert result["latency_ms"] > 0
+    assert result["latency_relative_error"] == result["predicted_latency_ms"] / result["latency_ms"] - 1
+    assert json.loads((folder / "run" / "result.json").read_text()) == result
+    assert f"achieved {result['achieved']:.4f} ms of latency, asked {settings.target}" in text
+    assert f"{result['predicted_latency_ms']:.3f} ms predicted, {result['latency_ms']:.3f} ms measured (error" in text
+    assert "batch 2, threads 1, on " in text
+    assert "at most 0.5 of the dense params" in text
+    assert "predicted ms" in text
+
+
+def test_fronts_take_the_latency_that_a_search_measured(timed: tuple[Path, Settings, dict[str, Any], str]):
+    folder, _, result, _ = timed
+    collected = collect([folder / "run"])
+    assert collected.skipped == ()
+    assert collected.table["latency_ms"].tolist() == [result["latency_ms"]]
+    assert collected.table["dense_latency_ms"].tolist() == [result["dense_latency_ms"]]
+    assert collected.latency == f"PyTorch (fastest run), batch 2, 1 thread, on {result['latency_machine']}"
+
+
+def test_a_latency_out_of_reach_is_refused(timed: tuple[Path, Settings, dict[str, Any], str], tmp_path: Path):
+    folder, settings, _, _ = timed
+    with pytest.raises(
+        Refused, match=r"target=1e-06 is below what is reachable: latency_ms can lie between \d+\.\d+ and"
+    ):
+        search.search(replace(settings, target=1e-6), tmp_path / "run", cache_dir=folder / "dense")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_lagrangian_is_part_of_the_checkpoint():
     gated = nas_gate.attach(models.build("digits_cnn", width=0.25), torch.zeros(1, 1, 8, 8))
     first, second = (
@@ -409,6 +469,14 @@ def changed(**change: Any) -> Settings:
         (lambda: changed(method="l2"), r"`method` must be one of .*'gates', 'uniform', 'l1'.* got 'l2'"),
         (lambda: changed(method="bn_scale", model=Named("test_baselines:unscaled")), "bn_scale.* needs norms"),
         (lambda: changed(metric="flops"), "metric must be one of macs, params"),
+        (lambda: changed(limits={"flops": 0.5}), "metric must be one of macs, params, latency_ms, but is 'flops'"),
+        (lambda: changed(limits={"macs": 0.5}), "limits must be of other metrics than the target"),
+        (lambda: changed(limits={"params": 1.0}), r"0 < limits\.params < 1.*got limits\.params=1\.0"),
+        (lambda: changed(limits={"latency_ms": 0.0}), r"limits\.latency_ms > 0.*got limits\.latency_ms=0\.0"),
+        (lambda: changed(limits={"params": 0.001}), r"limits\.params=0\.001 is below what is reachable"),
+        (lambda: changed(metric="latency_ms", target=-1.0), r"target > 0.*for latency_ms, but got target=-1\.0"),
+        (lambda: changed(latency=search.Timing(batch=0)), r"latency\.batch >= 1"),
+        (lambda: changed(latency=search.Timing(threads=0)), r"latency\.threads >= 1"),
         (lambda: changed(seed=-1), "seed >= 0"),
         (lambda: changed(gating=Gating(epochs=5)), r"gating.epochs <= cycle.epochs.*=4.* got 5"),
         (lambda: changed(gating=Gating(epochs=1, descent=2.0)), "descent <= 1"),

@@ -1,0 +1,216 @@
+"""What a network runs and how it is measured: sizes against networks that were cut, files; no test looks at times."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import nas_gate
+from nas_gate import models
+from nas_gate.operations import Sized, read, run
+from nas_gate.removal import cut_model, cut_of
+from nas_gate.structure import Structure
+
+
+class Branches(nn.Module):
+    """A residual addition, a concatenation, a depthwise and a grouped convolution, a matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.deep = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
+        self.beside = nn.Conv2d(8, 6, 1)
+        self.grouped = nn.Conv2d(14, 4, 1, groups=2)
+        self.head = nn.Linear(4 * 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        x = torch.cat([x + self.deep(x), self.beside(x)], 1)
+        return self.head(nn.functional.avg_pool2d(self.grouped(x), 2).flatten(1))
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """No progress is told."""
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2)).eval()
+
+
+def attached() -> nas_gate.GatedModel:
+    return nas_gate.attach(small(), torch.randn(1, 1, 8, 8))
+
+
+def opened(structure: Structure, seed: int) -> torch.Tensor:
+    keep = torch.rand(structure.units, generator=torch.Generator().manual_seed(seed)) < 0.5
+    for group in structure.groups:
+        keep[group.start] = True
+    return keep
+
+
+# --- operations ---------------------------------------------------------------------------------------------
+
+
+def test_widths_of_a_chain_by_hand() -> None:
+    gated = attached()
+    sized = read(gated.model, gated.structure, *gated.example_inputs, silent)
+    (a, b) = gated.structure.groups
+    assert [(s.ran.key[1], [w.groups for w in s.widths]) for s in sized] == [
+        ("aten.convolution.default", [((0, 1),)]),
+        ("aten.relu.default", [((0, 1),)]),
+        ("aten.convolution.default", [((0, 1),), ((1, 1),)]),
+        ("aten.addmm.default", [((1, 1),)]),
+    ]
+    assert (a.size, b.size) == (4, 4)
+    middle = sized[2]
+    assert (middle.lowest, middle.highest, middle.needs) == ((1, 1), (4, 4), ())
+    output = middle.call((3, 2))()
+    assert output.shape == (1, 2, 4, 4)
+    assert sized[3].call((2,))().shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (Branches(), (2, 3, 4, 4)),
+        (models.build("resnet20", width=0.25), (1, 3, 16, 16)),
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (2, 5, 8)),
+    ],
+    ids=["branches", "resnet20", "transformer"],
+)
+def test_sizes_are_those_of_networks_that_were_cut(model: nn.Module, shape: tuple[int, ...]) -> None:
+    gated = nas_gate.attach(model.eval(), torch.randn(shape))
+    structure = gated.structure
+    sized = read(gated.model, structure, *gated.example_inputs, silent)
+    for seed in (1, 2):
+        keep = opened(structure, seed)
+        counts = structure.open_units(keep)
+        cut = run(cut_model(gated.model, cut_of(structure, keep)), *gated.example_inputs)
+        assert [r.key for r in cut] == [s.ran.key for s in sized]
+        for ran, each in zip(cut, sized):
+            widths = [sum(n * counts[g] for g, n in w.groups) for w in each.widths]
+            numbers = [o if w < 0 else o + f * widths[w] for o, f, w in zip(each.offset, each.factor, each.width)]
+            assert numbers == ran.numbers().tolist()
+
+
+def test_operations_run_alone_at_every_grid_point() -> None:
+    gated = nas_gate.attach(Branches().eval(), torch.randn(2, 3, 4, 4))
+    for each in read(gated.model, gated.structure, *gated.example_inputs, silent):
+        for widths in each.points()[1]:
+            each.call(widths)()
+
+
+def test_equal_operations_have_equal_names_and_others_do_not() -> None:
+    net = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Conv2d(4, 4, 1), nn.ReLU())), nn.Conv2d(4, 5, 1))
+    gated = nas_gate.attach(net.eval(), torch.randn(1, 4, 3, 3))
+    names = [s.name() for s in read(gated.model, gated.structure, *gated.example_inputs, silent)]
+    assert len(names) == 7
+    assert names[1] == names[3] == names[5]
+    assert names[2] == names[4]
+    assert len(set(names)) == 4
+
+
+def test_many_widths_are_measured_together() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(3, 4, 1) for _ in range(4))
+            self.last = nn.Conv2d(16, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.cat([layer(x) for layer in self.layers], 1))
+
+    gated = nas_gate.attach(Wide().eval(), torch.randn(1, 3, 2, 2))
+    sized = read(gated.model, gated.structure, *gated.example_inputs, silent)
+    cat: Sized = next(s for s in sized if "cat" in s.ran.key[1])
+    assert len(cat.widths) == len(gated.structure.groups) == 4
+    points, widths = cat.points()
+    assert points == ((4, 8, 12, 16),) or points[0][0] == 4
+    assert points[0][-1] == 16
+    assert [sum(w) for w in widths] == list(points[0])
+    assert dict(cat.axes()[0].groups) == {0: 1, 1: 1, 2: 1, 3: 1}
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def test_measured_once_and_kept(tmp_path: Path) -> None:
+    gated, file = attached(), tmp_path / "tables" / "latency.json"
+    before = copy.deepcopy(gated.state_dict())
+    threads = torch.get_num_threads()
+    table = nas_gate.measure_latency(gated, file, threads=1)
+    assert table.dense_ms > 0
+    assert all(value > 0 for grid in table.grids.values() for value in grid.ms)
+    assert [p.name for p in file.parent.iterdir()] == ["latency.json"]
+    told: list[str] = []
+    assert nas_gate.measure_latency(gated, file, progress=lambda *what: told.append(str(what))) == table
+    assert told == []
+    assert torch.get_num_threads() == threads
+    assert all(torch.equal(value, before[name]) for name, value in gated.state_dict().items())
+    gated.add_latency(table)
+    assert gated.cost.total("latency_ms") == pytest.approx(table.dense_ms)
+    copied = copy.deepcopy(gated)
+    assert copied.cost.total("latency_ms") == gated.cost.total("latency_ms")
+
+
+def test_nothing_is_lost_by_an_interrupt(tmp_path: Path) -> None:
+    gated, file = attached(), tmp_path / "latency.json"
+
+    def interrupted(what: str, done: int, total: int) -> None:
+        if what == "measuring operations" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nas_gate.measure_latency(gated, file, progress=interrupted)
+    measured = json.loads(file.read_text())["unfinished"]
+    assert len(measured) == 2
+    done: list[int] = []
+    table = nas_gate.measure_latency(
+        gated, file, progress=lambda what, n, _: done.append(n) if what == "measuring operations" else None
+    )
+    assert done == [2, 3, 4]
+    for name, grid in measured.items():
+        assert list(table.grids[name].ms) == grid["ms"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("machine", "another"), ("torch", "0.1"), ("threads", 7), ("inputs", []), ("network", "0")]
+)
+def test_a_stale_table_is_refused_with_what_differs(tmp_path: Path, key: str, value: object) -> None:
+    gated, file = attached(), tmp_path / "latency.json"
+    nas_gate.measure_latency(gated, file)
+    content = json.loads(file.read_text())
+    content["identity"][key] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"must belong to this network on this machine, but differs in {key}: "):
+        nas_gate.measure_latency(gated, file)
+
+
+def test_other_networks_batches_and_threads_are_told_apart(tmp_path: Path) -> None:
+    gated, file = attached(), tmp_path / "latency.json"
+    nas_gate.measure_latency(gated, file)
+    other = small()
+    other[1] = nn.GELU()  # the same units and costs
+    for network, inputs, threads in (
+        (nas_gate.attach(other, torch.randn(1, 1, 8, 8)), None, 1),
+        (gated, (torch.randn(2, 1, 8, 8),), 1),
+        (gated, None, 2),
+    ):
+        with pytest.raises(ValueError, match="but differs in"):
+            nas_gate.measure_latency(network, file, inputs, threads)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"identity": {}, "unfinished": {"a": {}}}'])
+def test_a_damaged_file_is_a_clear_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "latency.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"latency.json must hold a latency table, but it is damaged"):
+        nas_gate.measure_latency(attached(), file)
+
+
+def test_threads_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`threads >= 1` must hold, but got threads=0"):
+        nas_gate.measure_latency(attached(), threads=0)
