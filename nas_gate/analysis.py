@@ -21,14 +21,12 @@ from nas_gate.gates import Gate
 from nas_gate.gating import GatedModel, plain, refuse_optimizers_of
 from nas_gate.removal import (
     SIZED,
-    WHOLE,
     RemovalError,
     Removed,
     check,
     compare,
-    cut_model,
-    cut_of,
     remove_units,
+    smaller,
 )
 from nas_gate.structure import RULES, Group, Structure, default, solve, trace
 from nas_gate.structure.trace import Rule
@@ -62,9 +60,6 @@ def analyze(
     """
     args, kwargs = arguments(example_inputs, keywords)
     findings = trace(model, args, kwargs, rules, default, SIZED)
-    for path, module in model.named_modules():
-        for reason in (r for kind, r in WHOLE.items() if isinstance(module, kind)):
-            findings.fix_below(path, reason)
     refused: list[tuple[Ints, str]] = []
     while True:
         structure = solve(findings, refused)
@@ -100,9 +95,8 @@ class _Attempt:
         for group in groups:
             closed = generator.permutation(group.size)[: max(1, group.size // 2)]
             keep[group.start + closed] = False
-        cut = cut_of(self.structure, keep)
-        small = cut_model(self.model, cut)
         try:
+            small, cut = smaller(self.model, self.structure, keep, self.args, self.kwargs)
             trial = compare(self.model, small, self.structure, cut, keep, self.args, self.kwargs, self.training)
             check(self.structure, keep, trial)
         except RemovalError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from nas_gate.attention import HeadsAttention
 from nas_gate.cost import METRICS, CostModel
 from nas_gate.gating import normalize_over_all, normalize_over_kept
 from nas_gate.structure import Structure
+from nas_gate.structure.sizes import Calls, Corrections, correct, watched
 from nas_gate.structure.trace import mode_of, output_tensors, plain_operations, tensors_of, unchanged
 
 TOLERANCE = 1e-4
@@ -36,11 +38,14 @@ class Cut:
     """What is kept, without reference to units: the slots of every cut dimension, and sizes without parameters.
 
     `slots` maps a parameter's or buffer's name to {dimension: kept indices}; `widths` maps the path of a module
-    that keeps its input width as an attribute only to that width.
+    that keeps its input width as an attribute only to that width, `attributes` that of any module to the integers
+    that it keeps, `corrections` to what its own code computes otherwise than the smaller model needs.
     """
 
     slots: Mapping[str, Mapping[int, tuple[int, ...]]]
     widths: Mapping[str, int]
+    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    corrections: Mapping[str, Corrections] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,15 @@ def _mend_prelu(new: Any, old: Any, width: int | None) -> None:
     new.num_parameters = new.weight.shape[0]
 
 
+def _mend_attention(new: Any, old: Any, width: int | None) -> None:
+    packed = new.in_proj_weight is not None
+    q, k, v = new.in_proj_weight.chunk(3) if packed else (new.q_proj_weight, new.k_proj_weight, new.v_proj_weight)
+    new.embed_dim, new.kdim, new.vdim = q.shape[1], k.shape[1], v.shape[1]
+    new.num_heads = len(q) // old.head_dim
+    new._qkv_same_embed_dim = False  # keeps PyTorch's encoder layers from computing the attention themselves
+    new.__class__ = HeadsAttention
+
+
 MENDS: dict[type[nn.Module], Mend] = {
     _ConvNd: _mend_convolution,
     nn.Linear: _mend_linear,
@@ -110,13 +124,9 @@ MENDS: dict[type[nn.Module], Mend] = {
     nn.LayerNorm: _mend_layer_norm,
     nn.Embedding: _mend_embedding,
     nn.PReLU: _mend_prelu,
+    nn.MultiheadAttention: _mend_attention,
 }
 """How modules mend the sizes that they keep as attributes; users add their own types (subclasses are covered)."""
-
-WHOLE: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "an nn.MultiheadAttention keeps all its heads",
-}
-"""Modules whose sizes cannot be mended: their parameters are fixed, with this reason."""
 
 SIZED: tuple[type[nn.Module], ...] = (_InstanceNorm, nn.GroupNorm)
 """Modules that may keep their input width without any parameter of that size."""
@@ -132,7 +142,11 @@ def cut_of(structure: Structure, keep: Tensor) -> Cut:
         if len(index) < len(s.units):
             slots.setdefault(s.tensor, {})[s.dim] = tuple(index.tolist())
     widths = {w.tensor: int(kept[w.units].sum()) for w in structure.widths if not kept[w.units].all()}
-    return Cut(slots, widths)
+    attributes: dict[str, dict[str, int]] = {}
+    for a in structure.attributes:
+        if not kept[a.units].all():
+            attributes.setdefault(a.path, {})[a.name] = int(kept[a.units].sum())
+    return Cut(slots, widths, attributes)
 
 
 def cut_tensor(tensor: Tensor, slots: Mapping[int, Sequence[int]]) -> Tensor:
@@ -177,7 +191,63 @@ def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
                     if kind in MENDS:
                         MENDS[kind](module, before[path], cut.widths.get(path))
                         break
+        for path, sizes in cut.attributes.items():
+            for name, size in sizes.items():
+                setattr(_module(small, path), name, size)
+        for path, corrections in cut.corrections.items():
+            correct(_module(small, path), corrections)
     return small
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"the cut names the module {path!r}, but {type(model).__name__} has none") from None
+
+
+def smaller(
+    model: nn.Module, structure: Structure, keep: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[nn.Module, Cut]:
+    """The smaller model for a boolean keep, shape (units,), and its cut, complete with corrections.
+
+    Corrections come from a run of the smaller model: where its own code gives a size or a factor that is not the one
+    it needs, it is corrected, and the right and the wrong one are noted. Raises RemovalError where it does not run.
+    """
+    cut = cut_of(structure, keep)
+    small = cut_model(model, cut)
+    if not structure.given:
+        return small, cut
+    kept = np.append(keep.cpu().numpy(), True)  # -1, the last entry: fixed slots stay
+    right = {
+        (g.path, g.call): [int(kept[g.units[i]].sum()) if i in g.units else n for i, n in enumerate(g.sizes)]
+        for g in structure.given
+    }
+    sizes: dict[str, dict[int, dict[int, tuple[int, int]]]] = {}
+    factors: dict[str, dict[int, float]] = {}
+
+    def corrected(path: str, call: int, name: str, given: list[int]) -> list[int]:
+        wanted = right.get((path, call), given)
+        wrong = {i: (n, int(size)) for i, (n, size) in enumerate(zip(wanted, given)) if n != size}
+        if wrong:
+            sizes.setdefault(path, {})[call] = wrong
+        return list(wanted) if wrong else given
+
+    def dense(path: str, call: int, factor: float) -> float:
+        known = structure.factors.get(path, {}).get(call, factor)
+        if known != factor:
+            factors.setdefault(path, {})[call] = known
+        return known
+
+    with ExitStack() as exits:
+        for context in (unchanged(small), mode_of(small, training=False), plain_operations(), _blaming(small)):
+            exits.enter_context(context)
+        with watched(small, Calls(corrected, dense)):
+            _seeded(small, args, kwargs)
+    corrections = {p: Corrections(sizes.get(p, {}), factors.get(p, {})) for p in sorted({*sizes, *factors})}
+    for path, corrections_of_module in corrections.items():
+        correct(small.get_submodule(path), corrections_of_module)
+    return small, replace(cut, corrections=corrections)
 
 
 def _owner(name: str) -> str:
@@ -431,8 +501,7 @@ def remove_units(
     empty = [g.name for g, n in zip(structure.groups, open_units) if n == 0]
     if empty:
         raise ValueError(f"at least one unit of every group must be kept, but none is in {empty}")
-    cut = cut_of(structure, keep)
-    small = cut_model(model, cut)
+    small, cut = smaller(model, structure, keep, args, kwargs)
     trial = compare(model, small, structure, cut, keep, args, kwargs)
     check(structure, keep, trial)
     error = trial.error if trial.exact is None or trial.error <= TOLERANCE else trial.exact

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "nas_gate"
-LAYERS: dict[str, set[str]] = {name: set() for name in ("errors", "gates", "structure", "models", "data", "pareto")}
+LAYERS: dict[str, set[str]] = {
+    name: set() for name in ("errors", "gates", "structure", "models", "data", "pareto", "attention")
+}
 LAYERS["cost"] = {"structure"}
 LAYERS["gating"] = {"cost", "gates", "structure"}
 LAYERS["landing"] = {"cost", "structure"}
-LAYERS["removal"] = {"cost", "gating", "structure"}
+LAYERS["removal"] = {"attention", "cost", "gating", "structure"}
 LAYERS["inspect"] = {"cost", "structure"}
 LAYERS["candidate"] = {"models", "removal", "structure"}
 LAYERS["analysis"] = {"cost", "gates", "gating", "landing", "removal", "structure"}

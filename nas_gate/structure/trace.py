@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nas_gate.structure import labels as lb
 from nas_gate.structure.labels import Track, Value
+from nas_gate.structure.sizes import Calls, watched
 
 KERNEL = "has it as the extent of its kernel"
 """The reason of kernel dimensions, which nobody would look for among the fixed channels."""
@@ -63,6 +64,16 @@ class Movement:
     reason: str
 
 
+@dataclass(frozen=True)
+class Given:
+    """The sizes that a module's own code gave to a call; for those of dimensions with labels, (dimension, tracks)."""
+
+    path: str
+    call: int
+    sizes: tuple[int, ...]
+    tracks: Mapping[int, tuple[int, tuple[Track, ...]]]
+
+
 @dataclass
 class Findings:
     """What one or several runs have found; labels are those of `slots`."""
@@ -80,6 +91,10 @@ class Findings:
     """Layer norms over units, by path: the dimension of the module's input that is normalised, and its labels."""
     entering: dict[str, Value] = field(default_factory=dict)
     """The input of every layer norm that runs."""
+    given: list[Given] = field(default_factory=list)
+    """Sizes that modules' own code gave to calls, in order."""
+    factors: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Numbers that tensors were multiplied by, by module and call."""
     parameters: dict[str, int] = field(default_factory=dict)
     macs: int = 0
     training: bool = False
@@ -400,11 +415,21 @@ def trace(
             if isinstance(module, nn.LayerNorm):
                 findings.entering[path] = values.of(inputs[0]) if inputs else Value(())
 
+        def given(path: str, call: int, sizes: list[int], places: list[tuple[Tensor, int]]) -> None:
+            tracks = {i: (dim, over) for i, (tensor, dim) in enumerate(places) if (over := values.of(tensor).over(dim))}
+            findings.given.append(Given(path, call, tuple(sizes), tracks))
+
+        def factor(path: str, call: int, value: float) -> float:
+            findings.factors.setdefault(path, {}).setdefault(call, value)
+            return value
+
         touched: set[int] = set()
         with ExitStack() as exits:
             for context in (unchanged(model), mode_of(model, training), plain_operations()):
                 exits.enter_context(context)
             where = exits.enter_context(_paths(model, width))
+            if not training:
+                exits.enter_context(watched(model, Calls(lambda path, call, name, sizes: sizes, factor, given)))
             exits.enter_context(_Recorder(values, findings, rules, default, where, touched))
             out = run(model, args, kwargs)
         for tensor in output_tensors(out):
