@@ -35,10 +35,10 @@ class HeadsAttention(nn.MultiheadAttention):
         q, k, v = self._projected(query, key, value)
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
-        batch, added = len(k), 0
+        added = 0
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(batch, -1, -1)], 1)
-            v = torch.cat([v, self.bias_v.expand(batch, -1, -1)], 1)
+            k = torch.cat([k, self.bias_k.expand(k.shape[0], -1, -1)], 1)
+            v = torch.cat([v, self.bias_v.expand(v.shape[0], -1, -1)], 1)
             added += 1
         if self.add_zero_attn:
             k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))

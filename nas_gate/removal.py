@@ -116,6 +116,11 @@ def _mend_attention(new: Any, old: Any, width: int | None) -> None:
     new.__class__ = HeadsAttention
 
 
+def _mend_transformer(new: Any, old: Any, width: int | None) -> None:
+    if isinstance(new.encoder, nn.TransformerEncoder):
+        new.d_model = new.encoder.layers[0].linear1.weight.shape[1]
+
+
 MENDS: dict[type[nn.Module], Mend] = {
     _ConvNd: _mend_convolution,
     nn.Linear: _mend_linear,
@@ -125,6 +130,7 @@ MENDS: dict[type[nn.Module], Mend] = {
     nn.Embedding: _mend_embedding,
     nn.PReLU: _mend_prelu,
     nn.MultiheadAttention: _mend_attention,
+    nn.Transformer: _mend_transformer,
 }
 """How modules mend the sizes that they keep as attributes; users add their own types (subclasses are covered)."""
 
@@ -182,7 +188,8 @@ def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
         new = cut_tensor(old.detach(), slots)
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     small = copy.deepcopy(model, memo)
-    changed = {_owner(name) for name, old in tensors.items() if id(old) in memo}
+    owners = [_owner(name).split(".") for name, old in tensors.items() if id(old) in memo]
+    changed = {".".join(parts[:end]) for parts in owners for end in range(len(parts) + 1)}
     before = dict(model.named_modules())
     with mode_of(small, training=False):  # reading a parametrized weight may change its buffers in training mode
         for path, module in small.named_modules():

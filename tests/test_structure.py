@@ -576,7 +576,7 @@ def split_and_concatenated():
     return between(lambda y: torch.cat([s.relu() for s in y.split(y.shape[1] // 2, 1)][::-1], 1))
 
 
-@case({"b": 6}, fixed={"a.weight:0": "of 8 slots, no equal piece"})
+@case({"a": 2, "b": 6}, slots={"a": {"a.weight:0": 4, "a.bias:0": 4, "b.weight:1": 4}})
 def unequal_split():
     return between(lambda y: torch.cat([s.relu() for s in y.split([2, 6], 1)], 1))
 

@@ -225,6 +225,14 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.values, self.findings, self.touched = values, findings, touched
         self.rules, self.default, self.where = rules, default, where
+        self.pending: Any = WeakTensorKeyDictionary()
+        """Labels that an operation has fixed, by its results: what nobody looks at fixes nothing."""
+
+    def used(self, tensor: Tensor) -> None:
+        """A result is looked at: what it fixes is fixed."""
+        fixes: list[tuple[Tensor, str]] = self.pending.pop(tensor, [])
+        self.findings.fixed += fixes
+        fixes.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -237,6 +245,9 @@ class _Recorder(TorchDispatchMode):
         inputs = call.tensors()
         before = [self.values.of(t) for t in inputs]
         self.touched.update(map(id, inputs))
+        for tensor in inputs:
+            self.used(tensor)
+        known = len(self.findings.fixed)
         call.out = func(*args, **kwargs)
         packet = func.overloadpacket
         if packet in flop_registry:
@@ -257,6 +268,11 @@ class _Recorder(TorchDispatchMode):
             kept = tuple(self._lasting(t, call) for t in tracks)
             value = Value(tuple(tensor.shape), tuple(t for t in kept if t is not None))
             self.values.set(tensor, dataclasses.replace(value, why=why) if why else value)
+        if outputs and not func._schema.is_mutable:
+            fixes = self.findings.fixed[known:]
+            del self.findings.fixed[known:]
+            for tensor in outputs:
+                self.pending[tensor] = fixes
         return call.out
 
     def _lasting(self, track: Track, call: Call) -> Track | None:
@@ -430,9 +446,10 @@ def trace(
             where = exits.enter_context(_paths(model, width))
             if not training:
                 exits.enter_context(watched(model, Calls(lambda path, call, name, sizes: sizes, factor, given)))
-            exits.enter_context(_Recorder(values, findings, rules, default, where, touched))
+            recorder = exits.enter_context(_Recorder(values, findings, rules, default, where, touched))
             out = run(model, args, kwargs)
         for tensor in output_tensors(out):
+            recorder.used(tensor)
             for track in values.of(tensor).tracks:
                 findings.fix(track.labels, "it is an output of the model")
         return {n for n, t in tensors.items() if id(t) in touched}
