@@ -29,7 +29,7 @@ def describe(**more: Any) -> dict[str, Any]:
     }
 
 
-PACKAGES = ("nas-gate", "torch", "torchvision", "numpy", "scipy", "torch-pruning")
+PACKAGES = ("nas-gate", "torch", "torchvision", "numpy", "scipy", "torch-pruning", "timm")
 
 
 def write(path: Path, **more: Any) -> None:

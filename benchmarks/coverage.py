@@ -1,9 +1,11 @@
-"""Every model of torchvision through the whole chain: trace, gate, remove, compare, count, train.
+"""Every model of torchvision, and one of each family of timm, through the whole chain: trace, gate, remove, compare,
+count, train.
 
     python benchmarks/coverage.py                      # all 121 names, into results/coverage/torchvision.csv
     python benchmarks/coverage.py --only '^resnet'     # some of them; rows that are there already are kept ...
     python benchmarks/coverage.py --only '^resnet' --again                     # ... or replaced
     python benchmarks/coverage.py --family-sample --output runs/coverage.csv   # one model per family, for CI
+    python benchmarks/coverage.py --timm               # timm's (extra `benchmark`), into results/coverage/timm.csv
     python benchmarks/coverage.py --summary results/coverage/torchvision.csv   # the Markdown table of the README
 
 Every model runs in a process of its own, on one thread, without pretrained weights; nothing is downloaded. What the
@@ -21,8 +23,9 @@ columns mean:
   trained     one SGD step of the removed model in training mode: finite loss, finite gradients, weights moved
 
 So that nothing hides a wrong cut, all constant tensors (fresh norms, layer scales, zero-initialised branches) get
-random values, batch-norm statistics are taken from data, of the dense and again of the gated network, and outputs that
-hardly depend on the inputs (column `sensitivity`: the relative difference that other inputs make) count as not equal.
+random values, batch-norm statistics are taken from data, of the dense and again of the gated network, and outputs whose
+dependence on the inputs (column `sensitivity`: the relative difference that other inputs make) is not at least 100
+times the error count as not equal.
 The exit status is 1 where a model fails a column. Versions, hardware and seed go into a JSON file beside the CSV.
 """
 
@@ -69,7 +72,35 @@ FAMILIES = (
     "ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn",
 )  # fmt: skip
 
-TASKS = ("classification", "quantization", "segmentation", "detection", "video", "optical_flow")
+TASKS = ("classification", "quantization", "segmentation", "detection", "video", "optical_flow", "timm")
+
+TIMM = "timm/"
+"""What the names of timm's models start with here."""
+
+TIMM_FAMILIES = (
+    "beit_base_patch16_224", "botnet26t_256", "caformer_s18", "cait_xxs24_224", "coat_lite_tiny", "coat_tiny",
+    "coatnet_nano_rw_224", "convit_tiny", "convmixer_768_32", "convnext_atto", "convnextv2_atto", "cpubone_nano",
+    "crossvit_tiny_240", "csatv2", "cspnext_tiny", "cspresnext50", "darknet21", "davit_tiny",
+    "deit3_small_patch16_224", "deit_tiny_patch16_224", "densenet121", "dla34", "dpn68", "eca_nfnet_l0",
+    "edgenext_xx_small", "efficientformer_l1", "efficientformerv2_s0", "efficientnet_b0", "efficientvim_m1",
+    "efficientvit_b0", "efficientvit_m0", "ese_vovnet19b_slim_dw", "eva02_tiny_patch14_224", "fasternet_t0",
+    "fastvit_t8", "focalnet_tiny_srf", "gcvit_xxtiny", "gernet_s", "ghostnet_050", "ghostnetv3_050", "gmlp_s16_224",
+    "halonet26t", "hardcorenas_a", "hgnetv2_b0", "hiera_tiny_224", "hrnet_w18_small", "iformer_t",
+    "inception_next_atto", "inception_resnet_v2", "inception_v3", "inception_v4", "lambda_resnet26t", "lcnet_035",
+    "lcnetv2_small", "legacy_seresnet18", "legacy_xception", "levit_128s", "levit_conv_128s", "lowformer_b0",
+    "mambaout_femto", "maxvit_pico_rw_256", "mixer_s32_224", "mixnet_s", "mobilenetv3_small_050",
+    "mobilenetv4_conv_small_035", "mobileone_s1", "mobilevit_xxs", "mobilevitv2_050", "mvitv2_tiny",
+    "naflexvit_base_patch16_gap", "nasnetalarge", "nest_tiny", "nextvit_small", "nf_regnet_b0", "pit_ti_224",
+    "pnasnet5large", "poolformer_s12", "pvt_v2_b0", "rdnet_tiny", "regnetv_040", "regnetx_002", "repghostnet_050",
+    "repvgg_a0", "repvit_m0_9", "res2net50_26w_4s", "resmlp_12_224", "resnest14d", "resnet18", "resnetv2_18",
+    "rexnet_100", "sam2_hiera_tiny", "samvit_base_patch16_224", "selecsls42b", "sequencer2d_s", "shvit_s1",
+    "skresnet18", "starnet_s050", "swiftformer_xs", "swin_s3_tiny_224", "swin_tiny_patch4_window7_224",
+    "swinv2_cr_tiny_224", "swinv2_tiny_window8_256", "tiny_vit_5m_224", "tinynet_e", "tnt_s_patch16_224",
+    "tresnet_m", "twins_pcpvt_small", "twins_svt_small", "vgg11", "visformer_tiny", "vit_relpos_small_patch16_224",
+    "vit_tiny_patch16_224", "vit_tiny_r_s16_p8_224", "vitamin_small_224", "volo_d1_224", "xception41",
+    "xcit_nano_12_p16_224",
+)  # fmt: skip
+"""One of the smallest models of every family of timm (a module of it, some with two architectures)."""
 
 LAST = "convnext|swin|vit|regnet_y_128gf"
 """The slowest ones, run after all others."""
@@ -111,13 +142,19 @@ CHECKS = ("traced", "gated", "removed", "equal", "cost_exact", "trained")
 
 
 def task_of(name: str) -> str:
-    """One of TASKS, by the module of torchvision that the model comes from."""
+    """One of TASKS: `timm`, or by the module of torchvision that the model comes from."""
+    if name.startswith(TIMM):
+        return "timm"
     part = torchvision.models.get_model_builder(name).__module__.split(".")[2]
     return part if part in TASKS else "classification"
 
 
 def build(name: str, task: str) -> nn.Module:
     """The model with random weights."""
+    if task == "timm":
+        import timm
+
+        return timm.create_model(name.removeprefix(TIMM))
     arguments: dict[str, Any] = {"weights": None}
     if task in ("segmentation", "detection"):
         arguments["weights_backbone"] = None
@@ -135,7 +172,14 @@ def build(name: str, task: str) -> nn.Module:
 
 
 def size_of(name: str, task: str) -> tuple[int, ...]:
-    """Shape of one example."""
+    """Shape of one example; where timm lets the size be chosen, at most 128."""
+    if task == "timm":
+        import timm
+
+        known = timm.get_pretrained_cfg(name.removeprefix(TIMM), allow_unregistered=True)
+        channels, *size = (3, 128, 128) if known is None else known.input_size
+        free = known is None or not known.fixed_input_size
+        return (channels, *(min(n, 128) if free else n for n in size))
     if task == "video":
         return (3, 16, 224, 224) if re.match("mvit|s3d|swin3d", name) else (3, 16, 112, 112)
     if task == "optical_flow":
@@ -355,7 +399,7 @@ def _examine(row: Row) -> None:
         error = difference_in_float64(gated, removed.model, fresh)
         row.error_float64, row.equal = float(f"{error:.2g}"), error < 1e-9
     row.sensitivity = float(f"{seen:.2g}")
-    if seen < 100 * TOLERANCE:
+    if seen < 100 * max(error, 1e-6):
         row.equal, row.failure = False, "the outputs hardly depend on the inputs: their equality says nothing"
 
     predicted = [round(float(cost(keep, metric))) for metric in ("macs", "params")]
@@ -432,8 +476,10 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def chosen(only: str, sample: bool) -> list[str]:
+def chosen(only: str, sample: bool, timm: bool) -> list[str]:
     """Names in the order in which they run."""
+    if timm:
+        return [n for n in (TIMM + m for m in TIMM_FAMILIES) if re.search(only, n)]
     names = list(FAMILIES) if sample else torchvision.models.list_models()
     names = [n for n in names if re.search(only, n)]
     return sorted(names, key=lambda n: (bool(re.search(LAST, n)), task_of(n) != "classification", n))
@@ -475,8 +521,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="REGEX", help="names that match (search)")
     parser.add_argument("--family-sample", action="store_true", help="one model per family")
+    parser.add_argument("--timm", action="store_true", help="one model of every family of timm")
     parser.add_argument("--again", action="store_true", help="replace rows that are there already")
-    parser.add_argument("--output", type=Path, default=ROOT / "results/coverage/torchvision.csv")
+    parser.add_argument("--output", type=Path, help="default: torchvision.csv or timm.csv in results/coverage")
     parser.add_argument("--timeout", type=float, default=900, help="seconds per model")
     parser.add_argument("--summary", type=Path, metavar="CSV", help="only print the Markdown table of a result")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -488,11 +535,13 @@ def main() -> int:
     if arguments.summary:
         print(summary(read(arguments.summary)))
         return 0
-    names = chosen(arguments.only, arguments.family_sample)
+    names = chosen(arguments.only, arguments.family_sample, arguments.timm)
+    library = "timm" if arguments.timm else "torchvision"
     if not names:
-        parser.error(f"--only must match a name of torchvision, but {arguments.only!r} matches none")
-    sweep(names, arguments.output, arguments.timeout, arguments.again)
-    rows = [r for r in read(arguments.output) if r["name"] in names]
+        parser.error(f"--only must match a name of {library}, but {arguments.only!r} matches none")
+    output = arguments.output or ROOT / f"results/coverage/{library}.csv"
+    sweep(names, output, arguments.timeout, arguments.again)
+    rows = [r for r in read(output) if r["name"] in names]
     print(summary(rows))
     return 0 if all(map(passes, rows)) else 1
 

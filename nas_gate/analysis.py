@@ -21,14 +21,12 @@ from nas_gate.gates import Gate
 from nas_gate.gating import GatedModel, plain, refuse_optimizers_of
 from nas_gate.removal import (
     SIZED,
-    WHOLE,
     RemovalError,
     Removed,
     check,
     compare,
-    cut_model,
-    cut_of,
     remove_units,
+    smaller,
 )
 from nas_gate.structure import (
     BRANCH,
@@ -75,9 +73,6 @@ def analyze(
     args, kwargs = arguments(example_inputs, keywords)
     findings = trace(model, args, kwargs, rules, default, SIZED)
     add_switches(findings, model, depth)
-    for path, module in model.named_modules():
-        for reason in (r for kind, r in WHOLE.items() if isinstance(module, kind)):
-            findings.fix_below(path, reason)
     refused: list[tuple[Ints, str]] = []
     while True:
         structure = solve(findings, refused)
@@ -127,9 +122,8 @@ class _Attempt:
                 continue
             closed = generator.permutation(group.size)[: max(1, group.size // 2)]
             keep[group.start + closed] = False
-        cut = cut_of(self.structure, keep)
-        small = cut_model(self.model, cut)
         try:
+            small, cut = smaller(self.model, self.structure, keep, self.args, self.kwargs)
             trial = compare(self.model, small, self.structure, cut, keep, self.args, self.kwargs, self.training)
             check(self.structure, keep, trial)
         except RemovalError as error:

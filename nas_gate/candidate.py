@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nas_gate.removal import Cut, cut_model
+from nas_gate.structure.sizes import Corrections
 from nas_gate.structure.trace import tensors_of
 
 FORMAT, VERSION = "nas-gate candidate", 1
@@ -85,6 +86,8 @@ def save(
                 "zeros": dict(cut.zeros),
                 "loose": list(cut.loose),
                 "choices": dict(cut.choices),
+                "attributes": {path: dict(sizes) for path, sizes in cut.attributes.items()},
+                "corrections": {path: _written(c) for path, c in cut.corrections.items()},
             },
             "figures": dict(figures),
             "provenance": dict(provenance),
@@ -107,6 +110,20 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
+
+
+def _written(corrections: Corrections) -> dict[str, Any]:
+    return {
+        "sizes": {str(c): {str(i): list(pair) for i, pair in s.items()} for c, s in corrections.sizes.items()},
+        "factors": {str(call): factor for call, factor in corrections.factors.items()},
+    }
+
+
+def _corrections(written: Mapping[str, Any]) -> Corrections:
+    return Corrections(
+        {int(c): {int(i): (int(n), int(m)) for i, (n, m) in s.items()} for c, s in written["sizes"].items()},
+        {int(call): float(factor) for call, factor in written["factors"].items()},
+    )
 
 
 def _aliases(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -186,6 +203,11 @@ def _read(folder: Path) -> tuple[Candidate, dict[str, torch.Tensor]]:
         cut = Cut(
             slots,
             {str(path): int(width) for path, width in record["cut"]["widths"].items()},
+            {
+                str(p): {str(n): int(size) for n, size in s.items()}
+                for p, s in record["cut"].get("attributes", {}).items()
+            },
+            {str(path): _corrections(c) for path, c in record["cut"].get("corrections", {}).items()},
             {str(path): None if n is None else int(n) for path, n in record["cut"].get("zeros", {}).items()},
             tuple(map(str, record["cut"].get("loose", ()))),
             {str(path): int(index) for path, index in record["cut"].get("choices", {}).items()},

@@ -23,7 +23,7 @@ from nas_gate.gating import GatedModel, plain
 from nas_gate.latency import machine, processor, take_turns, thread_count
 from nas_gate.latency_table import Grid, LatencyTable, Operation, from_json, grid_from, to_json
 from nas_gate.operations import Progress, Sized, read, run
-from nas_gate.removal import cut_model, cut_of
+from nas_gate.removal import smaller
 from nas_gate.structure import Structure
 from nas_gate.structure.trace import mode_of
 
@@ -75,7 +75,7 @@ def measure_latency(
             if path is not None:
                 _write(path, json.dumps({"identity": identity, "unfinished": {n: asdict(g) for n, g in grids.items()}}))
         progress("measuring operations", len(set(names)), len(set(names)))
-    small = cut_model(model, cut_of(structure, _thinnest(structure)))
+    small, _ = smaller(model, structure, _thinnest(structure), args, kwargs)
     dense_ms, thinnest_ms = fastest([model, small], args, kwargs, threads)
     table = LatencyTable(
         identity=identity,

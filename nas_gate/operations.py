@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
-from nas_gate.removal import cut_model, cut_of
+from nas_gate.removal import smaller
 from nas_gate.structure import Axis, Structure
 from nas_gate.structure.trace import mode_of, unchanged
 
@@ -114,8 +114,12 @@ def read(
 ) -> list[Sized]:
     """All operations that the model runs on its example inputs in evaluation mode, but views, which move nothing.
 
-    Raises ValueError where sizes are no whole multiples of open units.
+    Raises ValueError where sizes are no whole multiples of open units, and for a network with choices.
     """
+    if structure.choices:
+        raise ValueError(
+            f"the latency of a network with a Choice is not priced, but {structure.choices[0].path} is one"
+        )
     dense = run(model, args, kwargs)
     numbers = {ran.key: ran.numbers() for ran in dense}
     slopes = {key: np.zeros((len(n), len(structure.groups)), dtype=np.int64) for key, n in numbers.items()}
@@ -125,7 +129,7 @@ def read(
         closed = max(1, group.size // 2)
         keep = torch.ones(structure.units, dtype=torch.bool)
         keep[group.start : group.start + closed] = False
-        small = {ran.key: ran.numbers() for ran in run(cut_model(model, cut_of(structure, keep)), args, kwargs)}
+        small = {ran.key: ran.numbers() for ran in run(smaller(model, structure, keep, args, kwargs)[0], args, kwargs)}
         for key, before in numbers.items():
             if key not in small:
                 needs[key].append(index)
@@ -244,7 +248,7 @@ def _check(
     for group in structure.groups:
         keep[group.stop - 1] = True
     closed = np.array([g.size for g in structure.groups]) - structure.open_units(keep)
-    for ran in run(cut_model(model, cut_of(structure, keep)), args, kwargs):
+    for ran in run(smaller(model, structure, keep, args, kwargs)[0], args, kwargs):
         if ran.key in numbers:
             _alike(ran.key, numbers[ran.key], ran.numbers())
             expected = numbers[ran.key] - slopes[ran.key] @ closed

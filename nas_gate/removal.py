@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from nas_gate.attention import HeadsAttention
 from nas_gate.cost import METRICS, CostModel
 from nas_gate.gating import choice_at, normalize_over_all, normalize_over_kept
 from nas_gate.modules import Choice, Zero
 from nas_gate.structure import Structure
+from nas_gate.structure.sizes import Calls, Corrections, correct, watched
 from nas_gate.structure.trace import mode_of, output_tensors, plain_operations, tensors_of, unchanged
 
 TOLERANCE = 1e-4
@@ -37,13 +39,17 @@ class Cut:
     """What is kept, without reference to units: the slots of every cut dimension, and sizes without parameters.
 
     `slots` maps a parameter's or buffer's name to {dimension: kept indices}; `widths` maps the path of a module
-    that keeps its input width as an attribute only to that width. `zeros` maps the path of a module of a closed
-    branch to the size of the tuple that it gave (None: a tensor), `loose` names the branch's parameters in modules
-    that stay, `choices` maps the path of a choice to the candidate that takes its place.
+    that keeps its input width as an attribute only to that width, `attributes` that of any module to the integers
+    that it keeps. `zeros` maps the path of a module of a closed branch to the size of the tuple that it gave (None: a
+    tensor), `loose` names the branch's parameters in modules that stay, `choices` maps the path of a choice to the
+    candidate that takes its place. `corrections` maps the path of a module, as it is after all that, to what its own
+    code computes otherwise than the smaller model needs.
     """
 
     slots: Mapping[str, Mapping[int, tuple[int, ...]]]
     widths: Mapping[str, int]
+    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    corrections: Mapping[str, Corrections] = field(default_factory=dict)
     zeros: Mapping[str, int | None] = field(default_factory=dict)
     loose: tuple[str, ...] = ()
     choices: Mapping[str, int] = field(default_factory=dict)
@@ -108,6 +114,20 @@ def _mend_prelu(new: Any, old: Any, width: int | None) -> None:
     new.num_parameters = new.weight.shape[0]
 
 
+def _mend_attention(new: Any, old: Any, width: int | None) -> None:
+    packed = new.in_proj_weight is not None
+    q, k, v = new.in_proj_weight.chunk(3) if packed else (new.q_proj_weight, new.k_proj_weight, new.v_proj_weight)
+    new.embed_dim, new.kdim, new.vdim = q.shape[1], k.shape[1], v.shape[1]
+    new.num_heads = len(q) // old.head_dim
+    new._qkv_same_embed_dim = False  # keeps PyTorch's encoder layers from computing the attention themselves
+    new.__class__ = HeadsAttention
+
+
+def _mend_transformer(new: Any, old: Any, width: int | None) -> None:
+    if isinstance(new.encoder, nn.TransformerEncoder):
+        new.d_model = new.encoder.layers[0].linear1.weight.shape[1]
+
+
 MENDS: dict[type[nn.Module], Mend] = {
     _ConvNd: _mend_convolution,
     nn.Linear: _mend_linear,
@@ -116,13 +136,10 @@ MENDS: dict[type[nn.Module], Mend] = {
     nn.LayerNorm: _mend_layer_norm,
     nn.Embedding: _mend_embedding,
     nn.PReLU: _mend_prelu,
+    nn.MultiheadAttention: _mend_attention,
+    nn.Transformer: _mend_transformer,
 }
 """How modules mend the sizes that they keep as attributes; users add their own types (subclasses are covered)."""
-
-WHOLE: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "an nn.MultiheadAttention keeps all its heads",
-}
-"""Modules whose sizes cannot be mended: their parameters are fixed, with this reason."""
 
 SIZED: tuple[type[nn.Module], ...] = (_InstanceNorm, nn.GroupNorm)
 """Modules that may keep their input width without any parameter of that size."""
@@ -144,18 +161,23 @@ def cut_of(structure: Structure, keep: Tensor) -> Cut:
         index = np.flatnonzero(kept[s.units])
         if len(index) < len(s.units) and s.tensor not in gone:
             slots.setdefault(s.tensor, {})[s.dim] = tuple(index.tolist())
+    attributes: dict[str, dict[str, int]] = {}
+    for a in structure.attributes:
+        if not kept[a.units].all() and stays(a.path):
+            attributes.setdefault(a.path, {})[a.name] = int(kept[a.units].sum())
     rivals = {unit for choice in structure.choices for unit in choice.units}
     return Cut(
         slots,
         {w.tensor: int(kept[w.units].sum()) for w in structure.widths if not kept[w.units].all() and stays(w.tensor)},
-        {
+        attributes,
+        zeros={
             path: outputs
             for part in closed
             for path, outputs in part.modules
             if part.unit not in rivals and stays(path.rpartition(".")[0])
         },
-        tuple(name for part in closed for name in part.loose if stays(name)),
-        {c.path: int(np.argmax(kept[list(c.units)])) for c in structure.choices if stays(c.path)},
+        loose=tuple(name for part in closed for name in part.loose if stays(name)),
+        choices={c.path: int(np.argmax(kept[list(c.units)])) for c in structure.choices if stays(c.path)},
     )
 
 
@@ -214,7 +236,8 @@ def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
         new = cut_tensor(old.detach(), slots)
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     small = copy.deepcopy(model, memo)
-    changed = {_owner(name) for name, old in tensors.items() if id(old) in memo}
+    owners = [_owner(name).split(".") for name, old in tensors.items() if id(old) in memo]
+    changed = {".".join(parts[:end]) for parts in owners for end in range(len(parts) + 1)}
     before = dict(model.named_modules())
     with mode_of(small, training=False):  # reading a parametrized weight may change its buffers in training mode
         for path, module in small.named_modules():
@@ -223,7 +246,13 @@ def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
                     if kind in MENDS:
                         MENDS[kind](module, before[path], cut.widths.get(path))
                         break
-    return _without(small, cut)
+        for path, sizes in cut.attributes.items():
+            for name, size in sizes.items():
+                setattr(_module(small, path), name, size)
+    small = _without(small, cut)
+    for path, corrections in cut.corrections.items():
+        correct(_module(small, path), corrections)
+    return small
 
 
 def _without(model: nn.Module, cut: Cut) -> nn.Module:
@@ -252,6 +281,60 @@ def _without(model: nn.Module, cut: Cut) -> nn.Module:
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     owner, _, name = path.rpartition(".")
     model.get_submodule(owner)._modules[name] = module
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"the cut names the module {path!r}, but {type(model).__name__} has none") from None
+
+
+def smaller(
+    model: nn.Module, structure: Structure, keep: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[nn.Module, Cut]:
+    """The smaller model for a boolean keep, shape (units,), and its cut, complete with corrections.
+
+    Corrections come from a run of the smaller model: where its own code gives a size or a factor that is not the one
+    it needs, it is corrected, and the right and the wrong one are noted. Raises RemovalError where it does not run.
+    """
+    cut = cut_of(structure, keep)
+    small = cut_model(model, cut)
+    if not structure.given:
+        return small, cut
+    kept = np.append(keep.cpu().numpy(), True)  # -1, the last entry: fixed slots stay
+    right = {
+        (renamed(cut, g.path), g.call): [
+            int(kept[g.units[i]].sum()) if i in g.units else n for i, n in enumerate(g.sizes)
+        ]
+        for g in structure.given
+    }
+    known = {renamed(cut, path): of for path, of in structure.factors.items()}
+    sizes: dict[str, dict[int, dict[int, tuple[int, int]]]] = {}
+    factors: dict[str, dict[int, float]] = {}
+
+    def corrected(path: str, call: int, name: str, given: list[int]) -> list[int]:
+        wanted = right.get((path, call), given)
+        wrong = {i: (n, int(size)) for i, (n, size) in enumerate(zip(wanted, given)) if n != size}
+        if wrong:
+            sizes.setdefault(path, {})[call] = wrong
+        return list(wanted) if wrong else given
+
+    def dense(path: str, call: int, factor: float) -> float:
+        right_one = known.get(path, {}).get(call, factor)
+        if right_one != factor:
+            factors.setdefault(path, {})[call] = right_one
+        return right_one
+
+    with ExitStack() as exits:
+        for context in (unchanged(small), mode_of(small, training=False), plain_operations(), _blaming(small)):
+            exits.enter_context(context)
+        with watched(small, Calls(corrected, dense)):
+            _seeded(small, args, kwargs)
+    corrections = {p: Corrections(sizes.get(p, {}), factors.get(p, {})) for p in sorted({*sizes, *factors})}
+    for path, corrections_of_module in corrections.items():
+        correct(small.get_submodule(path), corrections_of_module)
+    return small, replace(cut, corrections=corrections)
 
 
 def _owner(name: str) -> str:
@@ -517,8 +600,7 @@ def remove_units(
     wrong = [c.path for c in structure.choices if int(keep[list(c.units)].sum()) != 1]
     if wrong:
         raise ValueError(f"exactly one candidate of every choice must be kept, but that is not so in {wrong}")
-    cut = cut_of(structure, keep)
-    small = cut_model(model, cut)
+    small, cut = smaller(model, structure, keep, args, kwargs)
     trial = compare(model, small, structure, cut, keep, args, kwargs)
     check(structure, keep, trial)
     error = trial.error if trial.exact is None or trial.error <= TOLERANCE else trial.exact

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "nas_gate"
-LAYERS: dict[str, set[str]] = {name: set() for name in ("errors", "gates", "modules", "pareto", "tasks", "latency")}
+LAYERS: dict[str, set[str]] = {
+    name: set() for name in ("errors", "gates", "modules", "attention", "pareto", "tasks", "latency")
+}
 LAYERS["structure"] = LAYERS["models"] = {"modules"}
 LAYERS["data"] = {"tasks"}
 LAYERS["latency_table"] = {"structure"}
 LAYERS["cost"] = {"latency_table", "structure"}
 LAYERS["gating"] = {"cost", "gates", "latency_table", "modules", "structure"}
 LAYERS["landing"] = {"cost", "latency_table", "structure"}
-LAYERS["removal"] = {"cost", "gating", "modules", "structure"}
+LAYERS["removal"] = {"attention", "cost", "gating", "modules", "structure"}
 LAYERS["operations"] = {"removal", "structure"}
 LAYERS["measuring"] = {"gating", "latency", "latency_table", "operations", "removal", "structure"}
 LAYERS["inspect"] = {"cost", "structure"}

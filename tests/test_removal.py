@@ -242,7 +242,8 @@ def test_a_users_own_module_through_the_table(monkeypatch: pytest.MonkeyPatch) -
             self.scale = nn.Parameter(torch.rand(width))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x.view(x.shape[0], self.width, -1) * self.scale.view(1, -1, 1)
+            assert x.shape[1] == self.width
+            return x.flatten(2) * self.scale.view(1, -1, 1)
 
     def build() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 6, 3), Scaled(6), nn.Conv1d(6, 4, 1))

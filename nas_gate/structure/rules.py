@@ -216,12 +216,13 @@ def pieces(call: Call) -> Results:
         if bounds is None:
             return _moved(call, value, [dim])
         for (a, b), part, r in zip(bounds, moved, results):
-            length = b - a
-            if length and length < size and size % length == 0 and a % length == 0:
+            # unequal pieces of stated sizes are multiples of a common one
+            length = math.gcd(size, *(n - m for m, n in bounds)) if "split_sizes" in call.arguments else b - a
+            if 0 < length < size and size % length == 0 and a % length == 0:
                 whole = track.labels.unflatten(dim, (size // length, length))
                 call.equate(whole.narrow(dim, 0, 1), whole)
             elif length < size:
-                call.fix(track.labels, f"takes {length} of {size} slots, no equal piece")
+                call.fix(track.labels, f"takes {b - a} of {size} slots, no equal piece")
             r.append(Track(lb.compress(part), track.weight))
     return [tuple(r) for r in results]
 

@@ -27,6 +27,7 @@ from nas_gate.modules import Choice
 from nas_gate.structure import labels as lb
 from nas_gate.structure.graph import Graph
 from nas_gate.structure.labels import Track, Value
+from nas_gate.structure.sizes import Calls, watched
 
 KERNEL = "has it as the extent of its kernel"
 """The reason of kernel dimensions, which nobody would look for among the fixed channels."""
@@ -90,6 +91,16 @@ class Switch:
     prices: frozenset[int]
 
 
+@dataclass(frozen=True)
+class Given:
+    """The sizes that a module's own code gave to a call; for those of dimensions with labels, (dimension, tracks)."""
+
+    path: str
+    call: int
+    sizes: tuple[int, ...]
+    tracks: Mapping[int, tuple[int, tuple[Track, ...]]]
+
+
 @dataclass
 class Findings:
     """What one or several runs have found; labels are those of `slots`."""
@@ -107,6 +118,10 @@ class Findings:
     """Layer norms over units, by path: the dimension of the module's input that is normalised, and its labels."""
     entering: dict[str, Value] = field(default_factory=dict)
     """The input of every layer norm that runs."""
+    given: list[Given] = field(default_factory=list)
+    """Sizes that modules' own code gave to calls, in order."""
+    factors: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Numbers that tensors were multiplied by, by module and call."""
     parameters: dict[str, int] = field(default_factory=dict)
     graph: Graph = field(default_factory=Graph)
     """The dataflow of the run in evaluation mode."""
@@ -249,6 +264,14 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.values, self.findings, self.touched, self.graph = values, findings, touched, graph
         self.rules, self.default, self.where = rules, default, where
+        self.pending: Any = WeakTensorKeyDictionary()
+        """Labels that an operation has fixed, by its results: what nobody looks at fixes nothing."""
+
+    def used(self, tensor: Tensor) -> None:
+        """A result is looked at: what it fixes is fixed."""
+        fixes: list[tuple[Tensor, str]] = self.pending.pop(tensor, [])
+        self.findings.fixed += fixes
+        fixes.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -262,6 +285,9 @@ class _Recorder(TorchDispatchMode):
         before = [self.values.of(t) for t in inputs]
         self.touched.update(map(id, inputs))
         references, first, macs = self.graph.references(arguments), len(self.findings.prices), 0
+        for tensor in inputs:
+            self.used(tensor)
+        known = len(self.findings.fixed)
         call.out = func(*args, **kwargs)
         packet = func.overloadpacket
         if packet in flop_registry:
@@ -287,6 +313,11 @@ class _Recorder(TorchDispatchMode):
             kept = tuple(self._lasting(t, call) for t in tracks)
             value = Value(tuple(tensor.shape), tuple(t for t in kept if t is not None))
             self.values.set(tensor, dataclasses.replace(value, why=why) if why else value)
+        if outputs and not func._schema.is_mutable:
+            fixes = self.findings.fixed[known:]
+            del self.findings.fixed[known:]
+            for tensor in outputs:
+                self.pending[tensor] = fixes
         return call.out
 
     def _lasting(self, track: Track, call: Call) -> Track | None:
@@ -465,15 +496,26 @@ def trace(
             if isinstance(module, nn.LayerNorm):
                 findings.entering[path] = values.of(inputs[0]) if inputs else Value(())
 
+        def given(path: str, call: int, sizes: list[int], places: list[tuple[Tensor, int]]) -> None:
+            tracks = {i: (dim, over) for i, (tensor, dim) in enumerate(places) if (over := values.of(tensor).over(dim))}
+            findings.given.append(Given(path, call, tuple(sizes), tracks))
+
+        def factor(path: str, call: int, value: float) -> float:
+            findings.factors.setdefault(path, {}).setdefault(call, value)
+            return value
+
         touched: set[int] = set()
         with ExitStack() as exits:
             for context in (unchanged(model), mode_of(model, training), all_candidates(model), plain_operations()):
                 exits.enter_context(context)
             where = exits.enter_context(_paths(model, width, graph.module))
-            exits.enter_context(_Recorder(values, findings, rules, default, where, touched, graph))
+            if not training:
+                exits.enter_context(watched(model, Calls(lambda path, call, name, sizes: sizes, factor, given)))
+            recorder = exits.enter_context(_Recorder(values, findings, rules, default, where, touched, graph))
             out = run(model, args, kwargs)
         for tensor in output_tensors(out):
             graph.result(tensor)
+            recorder.used(tensor)
             for track in values.of(tensor).tracks:
                 findings.fix(track.labels, "it is an output of the model")
         return {n for n, t in tensors.items() if id(t) in touched}

@@ -122,6 +122,25 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Given:
+    """The sizes that a module's own code gave to a call, and by position the units along some (-1 where fixed)."""
+
+    path: str
+    call: int
+    sizes: tuple[int, ...]
+    units: Mapping[int, Ints]
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An integer that a module keeps, and the units that it counts (-1 where fixed)."""
+
+    path: str
+    name: str
+    units: Ints
+
+
+@dataclass(frozen=True)
 class Structure:
     """The frozen record of a model's removable units.
 
@@ -142,6 +161,12 @@ class Structure:
     other_macs: int
     widths: tuple[Slots, ...]
     norms: tuple[Slots, ...]
+    given: tuple[Given, ...] = field(repr=False)
+    """Sizes that modules' own code gave to views of units."""
+    factors: Mapping[str, Mapping[int, float]] = field(repr=False)
+    """Numbers that modules' own code multiplied tensors by, by module and call."""
+    attributes: tuple[Attribute, ...]
+    """Integers that modules keep as attributes, and the units that they count."""
     labels: Ints = field(repr=False)
     """A label of every unit, by which `solve` can be told to fix it."""
     parts: tuple[Part, ...] = ()
@@ -272,6 +297,8 @@ def _commutes(movement: Movement, kept: Tensor) -> bool:
     if bool(kept[movement.before].all()):
         return True
     before, after = _cut(movement.before, kept), _cut(movement.after, kept)
+    if before is not None and before.numel() == 0:
+        return True  # every group keeps a unit
     try:
         return before is not None and after is not None and torch.equal(movement.run(before), after)
     except (RuntimeError, IndexError):  # the arguments do not fit the smaller tensor
@@ -426,6 +453,9 @@ def _structure(
         other_macs=findings.macs - modelled,
         widths=at_modules({path: (1, ids) for path, ids in findings.widths.items()}),
         norms=at_modules(findings.norms),
+        given=tuple(_given(findings, axes)),
+        factors=findings.factors,
+        attributes=(),
         labels=axes.labels[np.concatenate([*axes.kinds, np.zeros(0, np.int64)])],
     )
 
@@ -469,3 +499,20 @@ def _with_switches(structure: Structure, findings: Findings, fixed: Mapping[int,
         choices=tuple(Options(path, tuple(of)) for path, of in by_path.items()),
         kept=tuple(kept),
     )
+
+
+def _given(findings: Findings, axes: _Axes) -> Iterable[Given]:
+    """The sizes that modules gave, with the units along them; none where no unit stands along any."""
+    unit, found = torch.from_numpy(axes.unit), []
+    for g in findings.given:
+        along = {}
+        for position, (dim, tracks) in g.tracks.items():
+            for track in tracks:
+                seen = lb.compress(_seen(track.labels, unit))
+                if seen.shape[dim] == g.sizes[position] > 1:
+                    units = axes.number[lb.axis(seen, dim).numpy()]
+                    if (units != FIXED).any():
+                        along[position] = units
+                    break
+        found.append(Given(g.path, g.call, g.sizes, along))
+    return found if any(g.units for g in found) else []

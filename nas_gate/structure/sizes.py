@@ -1,0 +1,199 @@
+"""Sizes and factors that a module's own code hands to torch: `x.reshape(B, N, C)`, `q * head_dim ** -0.5`.
+
+Code that computes them from the shape of its input, or that has them as literals, would compute others in a smaller
+model. Every call is known by its module and its number among the calls of one forward pass; the analysis notes the
+calls of the dense run, and removal corrects those of the smaller model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import SymInt, Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+FIRST = {"view": 1, "reshape": 1, "expand": 1, "unflatten": 2, "split": 1, "layer_norm": 1}
+"""Functions that take sizes, by name, and the place of the first among their arguments."""
+
+SCALED = {"mul", "mul_", "div", "div_", "true_divide"}
+"""Functions whose second argument may be a number."""
+
+
+def sizes_of(name: str, args: Sequence[Any]) -> list[int] | None:
+    """The sizes that a call was given, None where it takes none."""
+    first = FIRST.get(name)
+    if first is None or len(args) <= first or not isinstance(args[0], Tensor):
+        return None
+    given = args[first]
+    sizes = (
+        list(given) if isinstance(given, (tuple, list)) else list(args[first : first + 1 if name == "split" else None])
+    )
+    return sizes if all(isinstance(s, (int, SymInt)) for s in sizes) else None
+
+
+def with_sizes(name: str, args: Sequence[Any], sizes: Sequence[int]) -> tuple[Any, ...]:
+    """The call's arguments with other sizes."""
+    first = FIRST[name]
+    given = args[first]
+    if isinstance(given, (tuple, list)):
+        return (*args[:first], type(given)(sizes), *args[first + 1 :])
+    return (*args[:first], *sizes, *args[first + len(sizes) :])
+
+
+def places_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[tuple[Tensor, int]]:
+    """For every size that the call was given: a result that has it, and the dimension."""
+    sizes = sizes_of(name, args)
+    assert sizes is not None
+    count = len(sizes)
+    if name == "split":
+        dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+        return [(piece, dim % piece.dim()) for piece in out[:count]]
+    first = {"unflatten": args[1] % args[0].dim() if name == "unflatten" else 0, "layer_norm": out.dim() - count}
+    return [(out, first.get(name, 0) + i) for i in range(count)]
+
+
+def factor_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:
+    """The number that a call multiplies or divides a tensor by, None where it has none."""
+    if name == "scaled_dot_product_attention":
+        factor = kwargs.get("scale")
+    else:
+        factor = args[1] if name in SCALED and len(args) == 2 and isinstance(args[0], Tensor) else None
+    return factor if isinstance(factor, (int, float)) else None
+
+
+def with_factor(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], factor: float
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments with another factor."""
+    if name == "scaled_dot_product_attention":
+        return args, {**kwargs, "scale": factor}
+    return (args[0], factor), dict(kwargs)
+
+
+OnSizes = Callable[[str, int, str, "list[int]"], "list[int]"]
+"""(module, call, function, sizes) -> the sizes to use."""
+OnFactor = Callable[[str, int, float], float]
+"""(module, call, factor) -> the factor to use."""
+OnResult = Callable[[str, int, "list[int]", "list[tuple[Tensor, int]]"], None]
+"""(module, call, sizes, results that have them and their dimensions), after the call."""
+
+
+class Calls(TorchFunctionMode):
+    """Numbers the calls with sizes and those with factors, for each running module from 0, and lets them be changed.
+
+    A module's numbers count the calls of its children, too, so that it can count without knowing them.
+    """
+
+    def __init__(self, on_sizes: OnSizes, on_factor: OnFactor, on_result: OnResult | None = None) -> None:
+        super().__init__()
+        self._on_sizes, self._on_factor, self._on_result = on_sizes, on_factor, on_result
+        self._running: list[tuple[str, list[int]]] = [("", [0, 0])]
+
+    def enter(self, path: str) -> None:
+        """A module starts."""
+        self._running.append((path, [0, 0]))
+
+    def leave(self) -> None:
+        """It ends."""
+        self._running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        sizes, factor = sizes_of(name, args), factor_of(name, args, kwargs)
+        if sizes is None and factor is None:
+            return func(*args, **kwargs)
+        kind = 0 if sizes is not None else 1
+        path, counts = self._running[-1]
+        call = counts[kind]
+        for _, numbers in self._running:
+            numbers[kind] += 1
+        if sizes is not None:
+            used = self._on_sizes(path, call, name, sizes)
+            out = func(*(args if used == sizes else with_sizes(name, args, used)), **kwargs)
+            if self._on_result is not None:
+                self._on_result(path, call, sizes, places_of(name, args, kwargs, out))
+            return out
+        assert factor is not None
+        wanted = self._on_factor(path, call, factor)
+        if wanted != factor:
+            args, kwargs = with_factor(name, args, kwargs, wanted)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def watched(model: nn.Module, calls: Calls) -> Iterator[None]:
+    """Let `calls` see the model's run, module by module."""
+    names = {m: n for n, m in model.named_modules() if n}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if module in names:
+            calls.enter(names[module])
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        if module in names:
+            calls.leave()
+
+    with ExitStack() as exits:
+        exits.callback(register_module_forward_pre_hook(enter).remove)
+        exits.callback(register_module_forward_hook(leave, always_call=True).remove)
+        exits.enter_context(calls)
+        yield
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """What one module's forward pass computes otherwise than the smaller model needs it.
+
+    `sizes` maps the number of a call to {position: (right, computed)}: a size is multiplied by right / computed, for
+    it may be a multiple of the batch. `factors` maps the number of a call to the factor of the dense model.
+    """
+
+    sizes: Mapping[int, Mapping[int, tuple[int, int]]]
+    factors: Mapping[int, float]
+
+
+class CorrectedForward:
+    """Stands in for the `forward` of one module, and runs it with corrected sizes and factors."""
+
+    def __init__(self, module: nn.Module, corrections: Corrections) -> None:
+        self.module, self.corrections = module, corrections
+        self.earlier: CorrectedForward | None = module.__dict__.get("forward")  # of a model that was cut before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own forward returns."""
+        with Calls(self._sizes, self._factor):
+            if self.earlier is not None:
+                return self.earlier(*args, **kwargs)
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the module's own forward, for those who ask (torch.export does)."""
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> Any:
+        """That of the module's own forward, by which torch.export says where an input belongs."""
+        return type(self.module).forward.__code__
+
+    def _sizes(self, path: str, call: int, name: str, sizes: list[int]) -> list[int]:
+        wrong = self.corrections.sizes.get(call)
+        if wrong is None:
+            return sizes
+        result = list(sizes)
+        for position, (right, computed) in wrong.items():
+            result[position] = sizes[position] * right // computed if computed else right
+        return result
+
+    def _factor(self, path: str, call: int, factor: float) -> float:
+        return self.corrections.factors.get(call, factor)
+
+
+def correct(module: nn.Module, corrections: Corrections) -> None:
+    """Let a module's forward pass run with corrected sizes and factors; in place. Its class stays what it is."""
+    module.forward = CorrectedForward(module, corrections)
