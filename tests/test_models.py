@@ -235,7 +235,7 @@ def test_zero_pad_shortcut_exports_with_a_free_batch_size() -> None:
 def test_names() -> None:
     names = models.names()
     assert names == sorted(set(names))
-    assert set(zoo.list_models(module=zoo)) | set(CIFAR_NAMES) | {"digits_cnn"} == set(names)
+    assert set(zoo.list_models(module=zoo)) | set(CIFAR_NAMES) | {"digits_cnn", "cifar_supernet"} == set(names)
     for name in names:
         assert models.accepts(name, "num_classes")
         assert models.accepts(name, "in_channels")
