@@ -551,4 +551,10 @@ def test_shipped_config(path: Path) -> None:
 
 
 def test_every_own_network_has_a_config() -> None:
-    assert {p.stem for p in CONF.glob("*.yaml")} == {*CIFAR_NAMES, "digits_cnn", "torchvision", "custom"}
+    assert {p.stem for p in CONF.glob("*.yaml")} == {
+        *CIFAR_NAMES,
+        "cifar_supernet",
+        "digits_cnn",
+        "torchvision",
+        "custom",
+    }
