@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Zero(nn.Module):
-    """What is left of a module in a residual branch that was removed: zeros of its first argument's size.
+    """What is left of a module in a residual branch that was removed: zeros of its first tensor argument's size.
 
     No parameters, no multiply-accumulates. The zeros are a new tensor, so that an operation in place on them leaves
     the shortcut alone. Where the module gave a tuple of `outputs` values, the others are None.
@@ -20,9 +20,9 @@ class Zero(nn.Module):
         super().__init__()
         self.outputs = outputs
 
-    def forward(self, first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Zeros like `first`, alone or as the first of a tuple."""
-        zeros = torch.zeros_like(first)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros like the first tensor, alone or as the first of a tuple."""
+        zeros = torch.zeros_like(next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)))
         return zeros if self.outputs is None else (zeros, *[None] * (self.outputs - 1))
 
     def extra_repr(self) -> str:

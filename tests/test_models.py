@@ -243,7 +243,8 @@ def test_zero_pad_shortcut_exports_with_a_free_batch_size() -> None:
 def test_names() -> None:
     names = models.names()
     assert names == sorted(set(names))
-    assert set(zoo.list_models(module=zoo)) | set(CIFAR_NAMES) | {"digits_cnn", "shapes_fcn"} == set(names)
+    own = {"cifar_supernet", "digits_cnn", "shapes_fcn"}
+    assert set(zoo.list_models(module=zoo)) | set(CIFAR_NAMES) | own == set(names)
     for name in names:
         assert models.accepts(name, "num_classes")
         assert models.accepts(name, "in_channels")
@@ -560,4 +561,5 @@ def test_shipped_config(path: Path) -> None:
 
 
 def test_every_own_network_has_a_config() -> None:
-    assert {p.stem for p in CONF.glob("*.yaml")} == {*CIFAR_NAMES, "digits_cnn", "shapes_fcn", "torchvision", "custom"}
+    others = {"cifar_supernet", "digits_cnn", "shapes_fcn", "torchvision", "custom"}
+    assert {p.stem for p in CONF.glob("*.yaml")} == {*CIFAR_NAMES, *others}

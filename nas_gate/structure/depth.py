@@ -1,8 +1,8 @@
 """Units of depth and of choice, found in the dataflow of the run: residual branches, candidates of a `Choice`.
 
-A *branch* is one operand of an addition that is computed from the other one, the shortcut, of equal shape, by
-operations whose results go nowhere else. Closing it leaves the shortcut. Two things are needed for that, and what
-lacks one is not offered, with the reason:
+A *branch* is one operand of an addition that is computed from the other one, the shortcut (or a summand of it), of
+equal shape, by operations whose results go nowhere else. Closing it leaves the shortcut. Two things are needed for
+that, and what lacks one is not offered, with the reason:
 
 - a gate: parameters at the branch's end whose product with 0 makes it exactly zero (the weight and bias of its last
   norm, convolution or linear layer, a layer scale), through operations that leave zeros zero: `VANISHES` says for
@@ -30,6 +30,9 @@ from nas_gate.structure.graph import Graph, Ref, under
 from nas_gate.structure.trace import BRANCH, CHOICE, Findings, Switch
 
 aten = torch.ops.aten
+
+
+ADDITIONS = (aten.add, aten.add_)
 
 
 class Unfit(Exception):
@@ -153,41 +156,54 @@ def _branches(findings: Findings, names: _Names) -> tuple[list[Switch], list[tup
     graph = findings.graph
     switches, kept = [], []
     taken: Counter[str] = Counter()
-    for index, first, last in _residuals(graph, names):
+    for index, last, through in _residuals(graph, names):
         inside = graph.only_for(last, index)
-        through = graph.between(first, last)
+        modules = _modules(graph, inside)
         where = _common(graph.nodes[n].where for n in through)
+        where = next((m for m in modules if under(where, m)), where)
         taken[where] += 1
         name = f"{where}:branch" if taken[where] == 1 else f"{where}:branch#{taken[where]}"
         try:
-            if not through <= inside:
-                other = next(n for n in sorted(through - inside))
-                raise Unfit(f"{_named(graph, other)} in it is used outside of it, too")
-            switches.append(_branch(findings, names, name, where, last, inside))
+            if outside := sorted(through - inside):
+                raise Unfit(f"{_named(graph, outside[0])} in it is used outside of it, too")
+            switches.append(_branch(findings, names, name, where, last, inside, modules))
         except Unfit as error:
             kept.append((BRANCH, name, str(error)))
     return switches, kept
 
 
-def _residuals(graph: Graph, names: _Names) -> Iterator[tuple[int, int, int]]:
-    """(addition, shortcut, end of the branch) for every addition of one operand to another computed from it."""
+def _residuals(graph: Graph, names: _Names) -> Iterator[tuple[int, int, set[int]]]:
+    """(addition, end of the branch, what lies between shortcut and end) of every residual branch.
+
+    The shortcut is the other operand, or where that is a sum one of its summands: x in (x + a(x)) + b(x).
+    """
     for index in sorted(graph.live()):
         node = graph.nodes[index]
-        if node.op not in (aten.add, aten.add_) or node.where in names.choices:
+        if node.op not in ADDITIONS or node.where in names.choices:
             continue
-        sides = [node.arguments.get(n) for n in ("self", "other")]
-        if not all(isinstance(s, Ref) for s in sides):
+        sides = [side.node for n in ("self", "other") if isinstance(side := node.arguments.get(n), Ref)]
+        if len(sides) < 2 or any(node.outputs[0] not in graph.nodes[side].outputs for side in sides):
             continue
-        first, last = sorted(s.node for s in sides if isinstance(s, Ref))
-        same = all(size in graph.nodes[s].outputs for s in (first, last) for size in node.outputs)
-        if first != last and same and graph.between(first, last):
-            yield index, first, last
+        for other, last in (sides, sides[::-1]):
+            through = next((t for s in _summands(graph, other) if (t := graph.between(s, last))), None)
+            if through:
+                yield index, last, through
 
 
-def _branch(findings: Findings, names: _Names, name: str, path: str, last: int, inside: set[int]) -> Switch:
+def _summands(graph: Graph, node: int) -> Iterator[int]:
+    """The node, and what it is the sum of."""
+    yield node
+    if graph.nodes[node].op in ADDITIONS:
+        for source in graph.nodes[node].sources:
+            if graph.nodes[source].outputs == graph.nodes[node].outputs:
+                yield from _summands(graph, source)
+
+
+def _branch(
+    findings: Findings, names: _Names, name: str, path: str, last: int, inside: set[int], modules: Sequence[str]
+) -> Switch:
     graph = findings.graph
     weights = sorted(_weights(graph, names, last, inside))
-    modules = _modules(graph, names, inside)
     if not modules:
         raise Unfit("no module runs inside it alone")
     loose = []
@@ -255,7 +271,7 @@ def _is_leaf(graph: Graph, argument: Any) -> bool:
     return isinstance(argument, Ref) and graph.nodes[argument.node].leaf is not None
 
 
-def _modules(graph: Graph, names: _Names, inside: set[int]) -> list[str]:
+def _modules(graph: Graph, inside: set[int]) -> list[str]:
     """The outermost modules that ran and all of whose operations that matter lie inside the branch."""
     candidates: set[str] = set()
     outside: set[str] = set()

@@ -86,8 +86,8 @@ class Graph:
         shape: int | str | None = f"gives a {type(out).__name__}"
         if isinstance(out, Tensor):
             shape = None
-        elif isinstance(out, tuple) and type(out) is tuple and out and isinstance(out[0], Tensor):
-            shape = len(out) if all(o is None for o in out[1:]) else "gives several tensors"
+        elif type(out) is tuple and out and isinstance(out[0], Tensor):
+            shape = len(out)
         if self.tuples.setdefault(path, shape) != shape:
             self.tuples[path] = "gives different things in different calls"
 
