@@ -86,7 +86,6 @@ def save(
                 "zeros": dict(cut.zeros),
                 "loose": list(cut.loose),
                 "choices": dict(cut.choices),
-                "attributes": {path: dict(sizes) for path, sizes in cut.attributes.items()},
                 "corrections": {path: _written(c) for path, c in cut.corrections.items()},
             },
             "figures": dict(figures),
@@ -203,10 +202,6 @@ def _read(folder: Path) -> tuple[Candidate, dict[str, torch.Tensor]]:
         cut = Cut(
             slots,
             {str(path): int(width) for path, width in record["cut"]["widths"].items()},
-            {
-                str(p): {str(n): int(size) for n, size in s.items()}
-                for p, s in record["cut"].get("attributes", {}).items()
-            },
             {str(path): _corrections(c) for path, c in record["cut"].get("corrections", {}).items()},
             {str(path): None if n is None else int(n) for path, n in record["cut"].get("zeros", {}).items()},
             tuple(map(str, record["cut"].get("loose", ()))),

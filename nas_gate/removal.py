@@ -39,16 +39,14 @@ class Cut:
     """What is kept, without reference to units: the slots of every cut dimension, and sizes without parameters.
 
     `slots` maps a parameter's or buffer's name to {dimension: kept indices}; `widths` maps the path of a module
-    that keeps its input width as an attribute only to that width, `attributes` that of any module to the integers
-    that it keeps. `zeros` maps the path of a module of a closed branch to the size of the tuple that it gave (None: a
-    tensor), `loose` names the branch's parameters in modules that stay, `choices` maps the path of a choice to the
-    candidate that takes its place. `corrections` maps the path of a module, as it is after all that, to what its own
-    code computes otherwise than the smaller model needs.
+    that keeps its input width as an attribute only to that width. `zeros` maps the path of a module of a closed
+    branch to the size of the tuple that it gave (None: a tensor), `loose` names the branch's parameters in modules
+    that stay, `choices` maps the path of a choice to the candidate that takes its place. `corrections` maps the path
+    of a module, as it is after all that, to what its own code computes otherwise than the smaller model needs.
     """
 
     slots: Mapping[str, Mapping[int, tuple[int, ...]]]
     widths: Mapping[str, int]
-    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     corrections: Mapping[str, Corrections] = field(default_factory=dict)
     zeros: Mapping[str, int | None] = field(default_factory=dict)
     loose: tuple[str, ...] = ()
@@ -161,15 +159,10 @@ def cut_of(structure: Structure, keep: Tensor) -> Cut:
         index = np.flatnonzero(kept[s.units])
         if len(index) < len(s.units) and s.tensor not in gone:
             slots.setdefault(s.tensor, {})[s.dim] = tuple(index.tolist())
-    attributes: dict[str, dict[str, int]] = {}
-    for a in structure.attributes:
-        if not kept[a.units].all() and stays(a.path):
-            attributes.setdefault(a.path, {})[a.name] = int(kept[a.units].sum())
     rivals = {unit for choice in structure.choices for unit in choice.units}
     return Cut(
         slots,
         {w.tensor: int(kept[w.units].sum()) for w in structure.widths if not kept[w.units].all() and stays(w.tensor)},
-        attributes,
         zeros={
             path: outputs
             for part in closed
@@ -246,9 +239,6 @@ def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
                     if kind in MENDS:
                         MENDS[kind](module, before[path], cut.widths.get(path))
                         break
-        for path, sizes in cut.attributes.items():
-            for name, size in sizes.items():
-                setattr(_module(small, path), name, size)
     small = _without(small, cut)
     for path, corrections in cut.corrections.items():
         correct(_module(small, path), corrections)

@@ -132,15 +132,6 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Attribute:
-    """An integer that a module keeps, and the units that it counts (-1 where fixed)."""
-
-    path: str
-    name: str
-    units: Ints
-
-
-@dataclass(frozen=True)
 class Structure:
     """The frozen record of a model's removable units.
 
@@ -165,8 +156,6 @@ class Structure:
     """Sizes that modules' own code gave to views of units."""
     factors: Mapping[str, Mapping[int, float]] = field(repr=False)
     """Numbers that modules' own code multiplied tensors by, by module and call."""
-    attributes: tuple[Attribute, ...]
-    """Integers that modules keep as attributes, and the units that they count."""
     labels: Ints = field(repr=False)
     """A label of every unit, by which `solve` can be told to fix it."""
     parts: tuple[Part, ...] = ()
@@ -455,7 +444,6 @@ def _structure(
         norms=at_modules(findings.norms),
         given=tuple(_given(findings, axes)),
         factors=findings.factors,
-        attributes=(),
         labels=axes.labels[np.concatenate([*axes.kinds, np.zeros(0, np.int64)])],
     )
 
