@@ -162,6 +162,9 @@ def report(arguments: Sequence[str], shipped: Callable[[], Shipped]) -> None:
         collected = _collected(options.studies)
         known = shipped()
         data = report_data(collected, lambda settings: command(settings, known), options.factory)
+        for each in data["candidates"]:
+            if each["misfit"] is not None:
+                print(f"nas-gate: without widths {each['path']}: {each['misfit']}", file=sys.stderr)
         _write(options.output, page(data))
         print(f"{len(data['candidates'])} candidates: {options.output}")
 

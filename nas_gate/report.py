@@ -38,7 +38,8 @@ def report_data(collected: Collected, command: Command, factory: str | None = No
     """All that the page shows, as JSON holds it.
 
     `factory` is the import path ("package.module:function") of what makes the dense model of candidates whose model is
-    not registered; without it their widths are not known.
+    not registered; without it their widths are not known. `misfit` says of a candidate why it does not fit its dense
+    model, which leaves its widths unknown, too.
     Raises ValueError where no candidate has figures.
     """
     table = collected.table
@@ -106,7 +107,11 @@ def _details(folder: Path, command: Command, factory: str | None, dense: dict[st
         again: str | None = command(settings)
     except ValueError:  # settings of another version
         again = None
-    return {"widths": _widths(folder, factory, dense), "curves": _curves(history), "command": again}
+    try:
+        found, misfit = _widths(folder, factory, dense), None
+    except CandidateError as error:
+        found, misfit = None, str(error)
+    return {"widths": found, "misfit": misfit, "curves": _curves(history), "command": again}
 
 
 def _widths(folder: Path, factory: str | None, dense: dict[str, nn.Module]) -> list[list[Any]] | None:

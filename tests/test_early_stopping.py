@@ -1,5 +1,6 @@
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,38 @@ def test_a_study_with_and_without(rule: EarlyStopping | None, tmp_path: Path):
         assert states == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE", "PRUNED"]
         assert epochs == [6, 6, 4, 6, 5]
     assert front == {0, 1, 3}
+
+
+def test_a_storage_that_is_away_for_an_epoch_costs_the_trial_nothing(tmp_path: Path):
+    plan = Plan(
+        name="s",
+        space=Space(parse(["x=interval(0,1)"])[0]),
+        objectives={"accuracy": "maximize", "macs": "minimize"},
+        folder=tmp_path,
+        n_trials=3,
+        n_workers=0,
+        max_retries=0,
+        early_stopping=RULE,
+    )
+
+    def job(running: Running) -> Mapping[str, Any]:
+        journal, away = tmp_path / "journal.log", tmp_path / "away"
+
+        def on_epoch(moment: Moment) -> None:
+            if moment.epoch in (1, 3):
+                journal.rename(away)
+            try:
+                running.on_epoch(moment)
+            finally:
+                if away.exists():
+                    away.rename(journal)
+
+        return curve(replace(running, on_epoch=on_epoch))
+
+    run(plan, job, [], Console(quiet=True))
+    with closing(join(plan)) as joined:
+        trials = joined.study.trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "PRUNED"]
+    assert "epoch:gated:1" not in trials[0].user_attrs
+    epochs = (tmp_path / "2" / "epochs").read_text().split()
+    assert len(epochs) == 5  # it was to end after the fourth, which nobody could look at: at the next one

@@ -12,7 +12,7 @@ import pytest
 from conftest import set_json
 
 import nas_gate
-from nas_gate import candidate
+from nas_gate import candidate, cli
 from nas_gate.collect import collect
 from nas_gate.report import page, report_data
 
@@ -109,6 +109,23 @@ def test_what_is_not_there_is_left_open(studies: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(studies)
     data = report_data(collect([studies / "alpha"]), unknown, "own_nets_of_report:net")
     assert of(data, "alpha", 0)["widths"] == of(data, "alpha", 1)["widths"]
+
+
+def test_a_candidate_that_does_not_fit_its_dense_model_has_no_widths(
+    studies: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    own = studies / "alpha" / "1" / "candidate"
+    record = candidate.read(own)
+    model = {**record.model, "arguments": {**record.model["arguments"], "width": 0.125}}  # narrower than what was kept
+    candidate.save(own, nas_gate.load(own), record.cut, model, record.figures, record.provenance)
+    monkeypatch.chdir(studies)
+    assert cli.main(["report", "alpha"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "4 candidates: report.html\n"
+    assert "nas-gate: without widths alpha/1/candidate: alpha/1/candidate does not fit its dense model: " in shown.err
+    data = report_data(collect([Path("alpha")]), command)
+    assert [of(data, "alpha", n)["widths"] is None for n in range(4)] == [False, True, False, False]
+    assert "does not fit its dense model" in of(data, "alpha", 1)["misfit"]
 
 
 def test_the_page_holds_the_record_and_needs_no_network(studies: Path):

@@ -438,6 +438,8 @@ def test_another_study_in_the_folder_is_refused_with_what_differs(tmp_path: Path
     with pytest.raises(Refused, match=r"has a folder 0, but the study 's' .* has 0 trials"):
         run(elsewhere, counting(1, 0.0), [], QUIET)
     run(replace(a_plan, fixed=("hardware.devices=2",), may_differ=("hardware",)), counting(1, 0.0), [], QUIET)
+    with pytest.raises(Refused, match=r"another study \(constraints\.macs: nothing there, 5\.0 asked for\)"):
+        run(replace(a_plan, constraints={"macs": 5.0}), counting(1, 0.0), [], QUIET)
     with pytest.raises(Refused, match=r"overrides: .* there, .*devices=2"):
         run(replace(a_plan, fixed=("hardware.devices=2",)), counting(1, 0.0), [], QUIET)
 

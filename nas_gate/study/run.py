@@ -154,8 +154,11 @@ def _watch(claim: Claim, joined: Joined) -> EpochHook:
         if rule is None:
             return
         key = f"epoch:{moment.stage}:{moment.epoch}"
-        claim.trial.set_user_attr(key, [moment.accuracy, moment.macs])
-        finished = joined.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        try:
+            claim.trial.set_user_attr(key, [moment.accuracy, moment.macs])
+            finished = joined.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        except Exception:  # as for the heartbeat: a storage that is away for a moment ends no training
+            return
         others = [other.user_attrs[key] for other in finished if key in other.user_attrs]
         if rule.stops(moment.epoch, moment.accuracy, moment.macs, others):
             raise Stopped(f"stopped after epoch {moment.epoch + 1} of {moment.stage}")
