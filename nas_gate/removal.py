@@ -316,15 +316,37 @@ def smaller(
             factors.setdefault(path, {})[call] = right_one
         return right_one
 
-    with ExitStack() as exits:
-        for context in (unchanged(small), mode_of(small, training=False), plain_operations(), _blaming(small)):
-            exits.enter_context(context)
-        with watched(small, Calls(corrected, dense)):
-            _seeded(small, args, kwargs)
+    def look(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        sizes.clear()
+        factors.clear()
+        with mode_of(network, training=False), watched(network, Calls(corrected, dense)):
+            _seeded(network, args, kwargs)
+
+    with unchanged(small), plain_operations():
+        try:
+            look(*_sizes_alone(small, args, kwargs))
+        except Exception:  # code that looks at values, or makes tensors of its own, needs them
+            with _blaming(small):
+                look(small, args, kwargs)
     corrections = {p: Corrections(sizes.get(p, {}), factors.get(p, {})) for p in sorted({*sizes, *factors})}
     for path, corrections_of_module in corrections.items():
         correct(small.get_submodule(path), corrections_of_module)
     return small, replace(cut, corrections=corrections)
+
+
+def _sizes_alone(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A copy of the model and its arguments on the meta device, where a run takes no arithmetic."""
+
+    def empty(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        bare = torch.empty_like(value, device="meta")
+        return nn.Parameter(bare, value.requires_grad) if isinstance(value, nn.Parameter) else bare
+
+    model = copy.deepcopy(model, {id(t): empty(t) for t in (*model.parameters(), *model.buffers())})
+    return model, *tree_map(empty, (tuple(args), dict(kwargs)))
 
 
 def _owner(name: str) -> str:
