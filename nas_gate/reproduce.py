@@ -10,6 +10,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from nas_gate.cost import MEASURED, METRICS
+
 Plain = Mapping[str, Any]
 Compose = Callable[[Sequence[str]], Plain]
 """Overrides -> the configuration that they give, resolved."""
@@ -70,6 +72,8 @@ def configuration_of(settings: Plain) -> dict[str, Any]:
             **{key: value for key, value in settings.items() if key not in TRAINING},
             "data": {"name": settings["data"]["name"], **settings["data"]["arguments"]},
             "training": {key: settings[key] for key in TRAINING},
+            # settings leave out what is not limited
+            "limits": {metric: settings.get("limits", {}).get(metric) for metric in (*METRICS, *MEASURED)},
         }
     except KeyError as error:
         raise ValueError(f"these settings are not those of a search: there is no {error}") from error
