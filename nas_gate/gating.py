@@ -82,13 +82,20 @@ def normalize_over_kept(module: nn.Module, dim: int, kept: Tensor) -> None:
     """Let a layer norm take its statistics over the kept slots of its input's dimension `dim`; in place."""
     kind = type(module)
     module.__class__ = type(f"{kind.__name__}OverKept", (_OverKept, kind), {"__module__": kind.__module__})
+    module.register_forward_pre_hook(_not_fused)
     module.register_buffer("kept", kept, persistent=False)
     module.kept_dim = dim  # type: ignore[assignment]
+
+
+def _not_fused(module: nn.Module, args: Any) -> None:
+    """Does nothing, but a layer with hooks is not computed by PyTorch's fused transformer layer, over all slots."""
 
 
 def normalize_over_all(module: nn.Module) -> None:
     """Undo `normalize_over_kept`."""
     module.__class__ = type(module).__mro__[2]
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _not_fused]:
+        del module._forward_pre_hooks[key]
     del module._buffers["kept"], module.kept_dim
 
 

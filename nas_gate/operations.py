@@ -7,6 +7,7 @@ products, norms, activations, additions, concatenations. A random network checks
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
-from nas_gate.removal import smaller
+from nas_gate.removal import MENDS, smaller
 from nas_gate.structure import Axis, Structure
 from nas_gate.structure.trace import mode_of, unchanged
 
@@ -120,6 +121,7 @@ def read(
         raise ValueError(
             f"the latency of a network with a Choice is not priced, but {structure.choices[0].path} is one"
         )
+    model = _as_cut(model)
     dense = run(model, args, kwargs)
     numbers = {ran.key: ran.numbers() for ran in dense}
     slopes = {key: np.zeros((len(n), len(structure.groups)), dtype=np.int64) for key, n in numbers.items()}
@@ -143,11 +145,27 @@ def read(
     return [_sized(ran, slopes[ran.key], sizes, tuple(needs[ran.key])) for ran in dense]
 
 
+def _as_cut(model: nn.Module) -> nn.Module:
+    """A copy of the model with the attention of cut networks, which runs other operations than PyTorch's own."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            MENDS[nn.MultiheadAttention](module, module, None)
+    return model
+
+
 def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Ran]:
-    """The operations of one run of the model in evaluation mode, in order, without views."""
-    recorder = _Recorder()
-    with unchanged(model), mode_of(model, training=False), torch.no_grad(), recorder.modules, recorder:
-        model(*args, **kwargs)
+    """The operations of one run of the model in evaluation mode, in order, without views.
+
+    Layers of transformers are not fused into one operation, for those of a cut network are not.
+    """
+    recorder, fused = _Recorder(), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with unchanged(model), mode_of(model, training=False), torch.no_grad(), recorder.modules, recorder:
+            model(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return recorder.ran
 
 
