@@ -146,6 +146,24 @@ def test_trains_exports_and_copies_like_any_module() -> None:
     torch.testing.assert_close(exported(images()), small(images()))
 
 
+@pytest.mark.parametrize("at_once", [0, removal.AT_ONCE])
+def test_a_cut_tensor_is_its_kept_rectangle(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(removal, "AT_ONCE", at_once)
+    tensor = torch.arange(4 * 5 * 3 * 2).reshape(4, 5, 3, 2)
+    for slots in (
+        {},
+        {0: [1, 3]},
+        {1: [0, 2, 4]},
+        {0: [2], 1: [0, 4]},
+        {1: [1, 2], 3: [0]},
+        {0: [3], 2: [0, 2], 3: [1]},
+    ):
+        kept = np.ix_(*(slots.get(dim, range(size)) for dim, size in enumerate(tensor.shape)))
+        new = cut_tensor(tensor, slots)
+        assert torch.equal(new, torch.from_numpy(tensor.numpy()[kept]))
+        assert new.data_ptr() != tensor.data_ptr()
+
+
 # --- types and attributes -----------------------------------------------------------------------------------
 
 
