@@ -294,7 +294,7 @@ def smaller(
     """The smaller model for a boolean keep, shape (units,), and its cut, complete with corrections.
 
     Corrections come from a run of the smaller model: where its own code gives a size or a factor that is not the one
-    it needs, it is corrected, and the right and the wrong one are noted. Raises RemovalError where it does not run.
+    it needs, it is corrected, and the right and the wrong one are noted. Where it does not run so, it has none.
     """
     cut = cut_of(structure, keep)
     small = cut_model(model, cut)
@@ -334,8 +334,10 @@ def smaller(
         try:
             look(*_sizes_alone(small, args, kwargs))
         except Exception:  # code that looks at values, or makes tensors of its own, needs them
-            with _blaming(small):
+            try:
                 look(small, args, kwargs)
+            except Exception:  # its calls are not those of the dense run: as it is, it may run all the same
+                return small, cut
     corrections = {p: Corrections(sizes.get(p, {}), factors.get(p, {})) for p in sorted({*sizes, *factors})}
     for path, corrections_of_module in corrections.items():
         correct(small.get_submodule(path), corrections_of_module)
