@@ -99,8 +99,9 @@ def test_sizes_are_those_of_networks_that_were_cut(model: nn.Module, shape: tupl
 def test_operations_run_alone_at_every_grid_point() -> None:
     gated = nas_gate.attach(Branches().eval(), torch.randn(2, 3, 4, 4))
     for each in read(gated.model, gated.structure, *gated.example_inputs, silent):
+        assert each.points()[1]
         for widths in each.points()[1]:
-            each.call(widths)()
+            assert isinstance(torch.utils._pytree.tree_leaves(each.call(widths)())[0], torch.Tensor)
 
 
 def test_equal_operations_have_equal_names_and_others_do_not() -> None:
