@@ -40,8 +40,11 @@ from nas_gate.structure import (
     solve,
     trace,
 )
-from nas_gate.structure.trace import Rule
+from nas_gate.structure.trace import Findings, Rule, sizes_alone
 from nas_gate.structure.units import Ints
+
+LARGE = 25_000_000
+"""Parameters from which on a run takes longer than the Python that describes it without arithmetic."""
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -71,7 +74,7 @@ def analyze(
     of one gives MACs per example. With `depth`, residual branches are units, too. The model is left as it was.
     """
     args, kwargs = arguments(example_inputs, keywords)
-    findings = trace(model, args, kwargs, rules, default, SIZED)
+    findings = _findings(model, args, kwargs, rules)
     add_switches(findings, model, depth)
     refused: list[tuple[Ints, str]] = []
     while True:
@@ -95,6 +98,20 @@ def analyze(
                 (group, f"{error} (and so in every {type(model.get_submodule(path)).__name__})") for group in alike
             ]
         refused += [(structure.labels[g.start : g.stop], reason) for g, reason in culprits]
+
+
+def _findings(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rules: Mapping[Any, Rule]) -> Findings:
+    """What a run of the model shows; a large one runs without its arithmetic where it can.
+
+    Recurrent layers are run with it: they are other operations on a processor.
+    """
+    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+    if sum(p.numel() for p in model.parameters()) >= LARGE and not recurrent:
+        try:
+            return trace(*sizes_alone(model, args, kwargs), rules, default, SIZED)
+        except Exception:  # its code looks at values, or makes tensors of its own
+            pass
+    return trace(model, args, kwargs, rules, default, SIZED)
 
 
 @dataclass(frozen=True)

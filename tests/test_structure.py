@@ -1038,6 +1038,32 @@ def test_removed_and_equal_or_fixed_with_reason(name):
         verify(model, inputs, c.kwargs)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_without_arithmetic_shows_the_same(name, monkeypatch):
+    c = CASES[name]
+    model = c.build()
+    inputs = c.inputs if isinstance(c.inputs, tuple) else (c.inputs,)
+    before = snapshot(model)[0]
+    structure = nas_gate.analyze(model, inputs, c.kwargs)
+    monkeypatch.setattr("nas_gate.analysis.LARGE", 0)
+    alike = nas_gate.analyze(model, inputs, c.kwargs)
+    assert alike.groups == structure.groups
+    assert alike.fixed == structure.fixed
+    assert alike.macs == structure.macs
+    assert snapshot(model)[0].keys() == before.keys()
+    assert all(torch.equal(t, before[n]) for n, t in snapshot(model)[0].items())
+
+
+def test_code_that_looks_at_values_is_run_with_them(monkeypatch):
+    def forward(self, x):
+        y = self.a(x)
+        return self.h(F.relu(self.b(y if x.sum() == x.sum() else -y)))
+
+    monkeypatch.setattr("nas_gate.analysis.LARGE", 0)
+    net = Net(forward, a=conv(3, 8), b=conv(8, 6), h=head(6))
+    assert {g.name: g.size for g in nas_gate.analyze(net, image()).groups} == {"a": 8, "b": 6}
+
+
 def test_the_kernel_of_every_convolution_is_left_out_of_the_reasons():
     structure = nas_gate.analyze(chain(), image())
     assert {(f.tensor, f.dim) for f in structure.fixed} == {("0.weight", 1), ("3.2.weight", 0), ("3.2.bias", 0)}

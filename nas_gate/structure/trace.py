@@ -6,6 +6,7 @@ The run is eager, under a dispatch mode: any model that runs can be read, whatev
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -284,15 +285,14 @@ class _Recorder(TorchDispatchMode):
         inputs = call.tensors()
         before = [self.values.of(t) for t in inputs]
         self.touched.update(map(id, inputs))
-        references, first, macs = self.graph.references(arguments), len(self.findings.prices), 0
+        references, first = self.graph.references(arguments), len(self.findings.prices)
         for tensor in inputs:
             self.used(tensor)
         known = len(self.findings.fixed)
         call.out = func(*args, **kwargs)
         packet = func.overloadpacket
-        if packet in flop_registry:
-            macs = flop_registry[packet](*args, **kwargs, out_val=call.out) // 2
-            self.findings.macs += macs
+        macs = macs_of(func, args, kwargs, call.out)
+        self.findings.macs += macs
         outputs = call.outputs()
         if any(v.tracks for v in before):
             rule = self.rules.get(func, self.rules.get(packet, self.default))
@@ -425,6 +425,30 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
             seen[id(tensor)] = name
             result[name] = tensor
     return result
+
+
+def sizes_alone(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A copy of the model and its arguments whose numbers are on the meta device, where a run takes no arithmetic.
+
+    Tensors of integers and booleans are kept: they are places, which decide what meets what.
+    """
+
+    def empty(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return value
+        bare = torch.empty_like(value, device="meta")
+        return nn.Parameter(bare, value.requires_grad) if isinstance(value, nn.Parameter) else bare
+
+    model = copy.deepcopy(model, {id(t): empty(t) for t in (*model.parameters(), *model.buffers())})
+    return model, *pytree.tree_map(empty, (tuple(args), dict(kwargs)))
+
+
+def macs_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Multiply-accumulates of one ATen call that gave `out`, by PyTorch's table; 0 where it has no entry."""
+    count = flop_registry.get(func.overloadpacket)
+    return int(count(*args, **kwargs, out_val=out)) // 2 if count else 0
 
 
 def output_tensors(out: Any) -> list[Tensor]:

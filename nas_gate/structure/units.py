@@ -297,13 +297,12 @@ def _commutes(movement: Movement, kept: Tensor) -> bool:
 def _cut(labels: Tensor, kept: Tensor) -> Tensor | None:
     """The kept rectangle of labels; None where what is kept is no rectangle."""
     mask = kept[labels]
-    for dim in range(labels.dim()):
+    for dim, size in enumerate(labels.shape):
+        if size == 1 < mask.numel():
+            continue  # what goes here goes along another dimension
         others = [d for d in range(labels.dim()) if d != dim]
-        index = mask.any(others) if others else mask
-        labels, mask = (
-            labels.movedim(dim, 0)[index].movedim(0, dim),
-            mask.movedim(dim, 0)[index].movedim(0, dim),
-        )
+        index = (mask.any(others) if others else mask).nonzero()[:, 0]
+        labels, mask = labels.index_select(dim, index), mask.index_select(dim, index)
     return labels if bool(mask.all()) else None
 
 
