@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -300,8 +300,9 @@ def smaller(
 ) -> tuple[nn.Module, Cut]:
     """The smaller model for a boolean keep, shape (units,), and its cut, complete with corrections.
 
-    Corrections come from a run of the smaller model: where its own code gives a size or a factor that is not the one
-    it needs, it is corrected, and the right and the wrong one are noted. Where it does not run so, it has none.
+    Corrections come from a run of the smaller model, as far as it can need any: where its own code gives a size or a
+    factor that is not the one it needs, it is corrected, and the right and the wrong one are noted. Where it does not
+    run so, it has none.
     """
     cut = cut_of(structure, keep)
     small = cut_model(model, cut)
@@ -315,6 +316,15 @@ def smaller(
         for g in structure.given
     }
     known = {renamed(cut, path): of for path, of in structure.factors.items()}
+    mended = {kind.forward for kind in MENDS}  # their own code gives the right sizes once they are mended
+    own = {renamed(cut, g.path) for g in structure.given if type(model.get_submodule(g.path)).forward not in mended}
+    awaited = {
+        *((path, call, "size") for path, call in right if path is not None and path in own),
+        *((path, call, "factor") for path, of in known.items() if path is not None for call in of),
+    }
+    if not awaited:
+        return small, cut
+    left: set[tuple[str, int, str]] = set()
     sizes: dict[str, dict[int, dict[int, tuple[int, int]]]] = {}
     factors: dict[str, dict[int, float]] = {}
 
@@ -323,18 +333,26 @@ def smaller(
         wrong = {i: (n, int(size)) for i, (n, size) in enumerate(zip(wanted, given)) if n != size}
         if wrong:
             sizes.setdefault(path, {})[call] = wrong
+        seen(path, call, "size")
         return list(wanted) if wrong else given
 
     def dense(path: str, call: int, factor: float) -> float:
         right_one = known.get(path, {}).get(call, factor)
         if right_one != factor:
             factors.setdefault(path, {})[call] = right_one
+        seen(path, call, "factor")
         return right_one
+
+    def seen(path: str, call: int, what: str) -> None:
+        left.discard((path, call, what))
+        if not left:
+            raise _AllSeen
 
     def look(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         sizes.clear()
         factors.clear()
-        with mode_of(network, training=False), watched(network, Calls(corrected, dense)):
+        left.update(awaited)
+        with suppress(_AllSeen), mode_of(network, training=False), watched(network, Calls(corrected, dense)):
             _seeded(network, args, kwargs)
 
     with unchanged(small), plain_operations():
@@ -349,6 +367,10 @@ def smaller(
     for path, corrections_of_module in corrections.items():
         correct(small.get_submodule(path), corrections_of_module)
     return small, replace(cut, corrections=corrections)
+
+
+class _AllSeen(Exception):
+    """Ends a run whose rest has nothing to tell."""
 
 
 def _owner(name: str) -> str:
