@@ -113,15 +113,15 @@ def save(
 
 def _written(corrections: Corrections) -> dict[str, Any]:
     return {
-        "sizes": {str(c): {str(i): list(pair) for i, pair in s.items()} for c, s in corrections.sizes.items()},
-        "factors": {str(call): factor for call, factor in corrections.factors.items()},
+        "sizes": {call: {str(i): list(pair) for i, pair in s.items()} for call, s in corrections.sizes.items()},
+        "factors": dict(corrections.factors),
     }
 
 
 def _corrections(written: Mapping[str, Any]) -> Corrections:
     return Corrections(
-        {int(c): {int(i): (int(n), int(m)) for i, (n, m) in s.items()} for c, s in written["sizes"].items()},
-        {int(call): float(factor) for call, factor in written["factors"].items()},
+        {str(call): {int(i): (int(n), int(m)) for i, (n, m) in s.items()} for call, s in written["sizes"].items()},
+        {str(call): float(factor) for call, factor in written["factors"].items()},
     )
 
 

@@ -319,32 +319,32 @@ def smaller(
     mended = {kind.forward for kind in MENDS}  # their own code gives the right sizes once they are mended
     own = {renamed(cut, g.path) for g in structure.given if type(model.get_submodule(g.path)).forward not in mended}
     awaited = {
-        *((path, call, "size") for path, call in right if path is not None and path in own),
-        *((path, call, "factor") for path, of in known.items() if path is not None for call in of),
+        *((path, call) for path, call in right if path is not None and path in own),
+        *((path, call) for path, of in known.items() if path is not None for call in of),
     }
     if not awaited:
         return small, cut
-    left: set[tuple[str, int, str]] = set()
-    sizes: dict[str, dict[int, dict[int, tuple[int, int]]]] = {}
-    factors: dict[str, dict[int, float]] = {}
+    left: set[tuple[str, str]] = set()
+    sizes: dict[str, dict[str, dict[int, tuple[int, int]]]] = {}
+    factors: dict[str, dict[str, float]] = {}
 
-    def corrected(path: str, call: int, name: str, given: list[int]) -> list[int]:
+    def corrected(path: str, call: str, given: list[int]) -> list[int]:
         wanted = right.get((path, call), given)
         wrong = {i: (n, int(size)) for i, (n, size) in enumerate(zip(wanted, given)) if n != size}
         if wrong:
             sizes.setdefault(path, {})[call] = wrong
-        seen(path, call, "size")
+        seen(path, call)
         return list(wanted) if wrong else given
 
-    def dense(path: str, call: int, factor: float) -> float:
+    def dense(path: str, call: str, factor: float) -> float:
         right_one = known.get(path, {}).get(call, factor)
         if right_one != factor:
             factors.setdefault(path, {})[call] = right_one
-        seen(path, call, "factor")
+        seen(path, call)
         return right_one
 
-    def seen(path: str, call: int, what: str) -> None:
-        left.discard((path, call, what))
+    def seen(path: str, call: str) -> None:
+        left.discard((path, call))
         if not left:
             raise _AllSeen
 

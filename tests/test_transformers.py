@@ -285,11 +285,11 @@ def test_corrections_by_hand():
             return x.reshape(2 * len(x), -1) * 0.5
 
     module = Folded()
-    correct(module, Corrections({0: {0: (3, 2)}}, {0: 0.25}))
+    correct(module, Corrections({"reshape:0": {0: (3, 2)}}, {"mul:0": 0.25}))
     assert torch.equal(module(torch.ones(4, 6)), torch.full((12, 2), 0.25))
     assert torch.equal(module(torch.ones(2, 6)), torch.full((6, 2), 0.25))
     assert type(module) is Folded
-    correct(module, Corrections({0: {0: (1, 3)}}, {}))  # cut again: the earlier corrections come first
+    correct(module, Corrections({"reshape:0": {0: (1, 3)}}, {}))  # cut again: the earlier corrections come first
     assert torch.equal(module(torch.ones(4, 6)), torch.full((4, 6), 0.25))
 
 

@@ -1,13 +1,15 @@
 """Sizes and factors that a module's own code hands to torch: `x.reshape(B, N, C)`, `q * head_dim ** -0.5`.
 
 Code that computes them from the shape of its input, or that has them as literals, would compute others in a smaller
-model. Every call is known by its module and its number among the calls of one forward pass; the analysis notes the
-calls of the dense run, and removal corrects those of the smaller model.
+model. Every call is known by its module, its function and its number among that function's calls of one forward pass
+("view:0"): code that computes something only the first time, and keeps it, may make fewer calls of other functions
+later. The analysis notes the calls of the dense run, and removal corrects those of the smaller model.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -75,16 +77,16 @@ def with_factor(
     return (args[0], factor), dict(kwargs)
 
 
-OnSizes = Callable[[str, int, str, "list[int]"], "list[int]"]
-"""(module, call, function, sizes) -> the sizes to use."""
-OnFactor = Callable[[str, int, float], float]
+OnSizes = Callable[[str, str, "list[int]"], "list[int]"]
+"""(module, call, sizes) -> the sizes to use."""
+OnFactor = Callable[[str, str, float], float]
 """(module, call, factor) -> the factor to use."""
-OnResult = Callable[[str, int, "list[int]", "list[tuple[Tensor, int]]"], None]
+OnResult = Callable[[str, str, "list[int]", "list[tuple[Tensor, int]]"], None]
 """(module, call, sizes, results that have them and their dimensions), after the call."""
 
 
 class Calls(TorchFunctionMode):
-    """Numbers the calls with sizes and those with factors, for each running module from 0, and lets them be changed.
+    """Numbers the calls with sizes or factors, for each running module and function from 0, and lets them be changed.
 
     A module's numbers count the calls of its children, too, so that it can count without knowing them.
     """
@@ -92,11 +94,11 @@ class Calls(TorchFunctionMode):
     def __init__(self, on_sizes: OnSizes, on_factor: OnFactor, on_result: OnResult | None = None) -> None:
         super().__init__()
         self._on_sizes, self._on_factor, self._on_result = on_sizes, on_factor, on_result
-        self._running: list[tuple[str, list[int]]] = [("", [0, 0])]
+        self._running: list[tuple[str, Counter[str]]] = [("", Counter())]
 
     def enter(self, path: str) -> None:
         """A module starts."""
-        self._running.append((path, [0, 0]))
+        self._running.append((path, Counter()))
 
     def leave(self) -> None:
         """It ends."""
@@ -107,13 +109,12 @@ class Calls(TorchFunctionMode):
         sizes, factor = sizes_of(name, args), factor_of(name, args, kwargs)
         if sizes is None and factor is None:
             return func(*args, **kwargs)
-        kind = 0 if sizes is not None else 1
         path, counts = self._running[-1]
-        call = counts[kind]
+        call = f"{name}:{counts[name]}"
         for _, numbers in self._running:
-            numbers[kind] += 1
+            numbers[name] += 1
         if sizes is not None:
-            used = self._on_sizes(path, call, name, sizes)
+            used = self._on_sizes(path, call, sizes)
             out = func(*(args if used == sizes else with_sizes(name, args, used)), **kwargs)
             if self._on_result is not None:
                 self._on_result(path, call, sizes, places_of(name, args, kwargs, out))
@@ -149,12 +150,12 @@ def watched(model: nn.Module, calls: Calls) -> Iterator[None]:
 class Corrections:
     """What one module's forward pass computes otherwise than the smaller model needs it.
 
-    `sizes` maps the number of a call to {position: (right, computed)}: a size is multiplied by right / computed, for
-    it may be a multiple of the batch. `factors` maps the number of a call to the factor of the dense model.
+    `sizes` maps a call to {position: (right, computed)}: a size is multiplied by right / computed, for it may be a
+    multiple of the batch. `factors` maps a call to the factor of the dense model.
     """
 
-    sizes: Mapping[int, Mapping[int, tuple[int, int]]]
-    factors: Mapping[int, float]
+    sizes: Mapping[str, Mapping[int, tuple[int, int]]]
+    factors: Mapping[str, float]
 
 
 class CorrectedForward:
@@ -181,7 +182,7 @@ class CorrectedForward:
         """That of the module's own forward, by which torch.export says where an input belongs."""
         return type(self.module).forward.__code__
 
-    def _sizes(self, path: str, call: int, name: str, sizes: list[int]) -> list[int]:
+    def _sizes(self, path: str, call: str, sizes: list[int]) -> list[int]:
         wrong = self.corrections.sizes.get(call)
         if wrong is None:
             return sizes
@@ -190,7 +191,7 @@ class CorrectedForward:
             result[position] = sizes[position] * right // computed if computed else right
         return result
 
-    def _factor(self, path: str, call: int, factor: float) -> float:
+    def _factor(self, path: str, call: str, factor: float) -> float:
         return self.corrections.factors.get(call, factor)
 
 

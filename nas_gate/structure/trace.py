@@ -97,7 +97,7 @@ class Given:
     """The sizes that a module's own code gave to a call; for those of dimensions with labels, (dimension, tracks)."""
 
     path: str
-    call: int
+    call: str
     sizes: tuple[int, ...]
     tracks: Mapping[int, tuple[int, tuple[Track, ...]]]
 
@@ -121,7 +121,7 @@ class Findings:
     """The input of every layer norm that runs."""
     given: list[Given] = field(default_factory=list)
     """Sizes that modules' own code gave to calls, in order."""
-    factors: dict[str, dict[int, float]] = field(default_factory=dict)
+    factors: dict[str, dict[str, float]] = field(default_factory=dict)
     """Numbers that tensors were multiplied by, by module and call."""
     parameters: dict[str, int] = field(default_factory=dict)
     graph: Graph = field(default_factory=Graph)
@@ -520,11 +520,11 @@ def trace(
             if isinstance(module, nn.LayerNorm):
                 findings.entering[path] = values.of(inputs[0]) if inputs else Value(())
 
-        def given(path: str, call: int, sizes: list[int], places: list[tuple[Tensor, int]]) -> None:
+        def given(path: str, call: str, sizes: list[int], places: list[tuple[Tensor, int]]) -> None:
             tracks = {i: (dim, over) for i, (tensor, dim) in enumerate(places) if (over := values.of(tensor).over(dim))}
             findings.given.append(Given(path, call, tuple(sizes), tracks))
 
-        def factor(path: str, call: int, value: float) -> float:
+        def factor(path: str, call: str, value: float) -> float:
             findings.factors.setdefault(path, {}).setdefault(call, value)
             return value
 
@@ -534,7 +534,7 @@ def trace(
                 exits.enter_context(context)
             where = exits.enter_context(_paths(model, width, graph.module))
             if not training:
-                exits.enter_context(watched(model, Calls(lambda path, call, name, sizes: sizes, factor, given)))
+                exits.enter_context(watched(model, Calls(lambda path, call, sizes: sizes, factor, given)))
             recorder = exits.enter_context(_Recorder(values, findings, rules, default, where, touched, graph))
             out = run(model, args, kwargs)
         for tensor in output_tensors(out):

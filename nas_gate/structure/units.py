@@ -126,7 +126,7 @@ class Given:
     """The sizes that a module's own code gave to a call, and by position the units along some (-1 where fixed)."""
 
     path: str
-    call: int
+    call: str
     sizes: tuple[int, ...]
     units: Mapping[int, Ints]
 
@@ -154,7 +154,7 @@ class Structure:
     norms: tuple[Slots, ...]
     given: tuple[Given, ...] = field(repr=False)
     """Sizes that modules' own code gave to views of units."""
-    factors: Mapping[str, Mapping[int, float]] = field(repr=False)
+    factors: Mapping[str, Mapping[str, float]] = field(repr=False)
     """Numbers that modules' own code multiplied tensors by, by module and call."""
     labels: Ints = field(repr=False)
     """A label of every unit, by which `solve` can be told to fix it."""
