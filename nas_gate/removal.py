@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from nas_gate.attention import HeadsAttention
 from nas_gate.cost import METRICS, CostModel
@@ -39,6 +41,9 @@ TOLERANCE = 1e-4
 
 AT_ONCE = 2**24
 """Elements of a tensor above which all its dimensions are cut at once; below, one after another is quicker."""
+
+LARGE = 2**20
+"""Elements of a linear layer's weight above which its closed columns are closed at the layer's input."""
 
 DOUBT = 1e-5
 """A larger error is repeated in float64, where it must vanish below this: so rounding is told from a wrong cut."""
@@ -575,11 +580,15 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
     own = tensors_of(model)
     kept = np.append(keep.cpu().numpy(), True)  # -1, the last entry: slots without a gate
     weights: dict[str, Tensor] = {}
+    inputs = _ClosedInputs()
     norms = [(model.get_submodule(n.tensor), n.dim, torch.from_numpy(kept[n.units])) for n in structure.norms]
     choices = [(choice_at(model, c.path), torch.from_numpy(kept[list(c.units)]).float()) for c in structure.choices]
     for gate in structure.gates:
         weight = weights.get(gate.tensor, own[gate.tensor].data)
         mask = torch.from_numpy(kept[gate.units]).to(weight)
+        if gate.dim == 1 and weight.numel() >= LARGE and type(model.get_submodule(_owner(gate.tensor))) is nn.Linear:
+            inputs.masks[id(own[gate.tensor])] = mask
+            continue
         weights[gate.tensor] = weight * mask.reshape([-1 if d == gate.dim else 1 for d in range(weight.dim())])
     with ExitStack() as exits:
         exits.enter_context(_holding(model, weights))
@@ -591,7 +600,38 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
             exits.enter_context(_holding(module, {"weight": weight.data * over.double().mean().sqrt().to(weight)}))
             normalize_over_kept(module, dim, over.to(weight))
             exits.callback(normalize_over_all, module)
+        exits.callback(inputs.restore)
+        exits.enter_context(inputs)
         yield
+
+
+class _ClosedInputs(TorchFunctionMode):
+    """Closes columns of large weights at the input of their layers, which is quicker than a copy of the weight.
+
+    With k the mask, x (W diag(k))^T = (x diag(k)) W^T. A weight that any other function takes is masked after all.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: dict[int, Tensor] = {}
+        """By the identity of the weight, of shape (columns,)."""
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and len(args) > 1 and id(args[1]) in self.masks and id(args[0]) not in self.masks:
+            return func(args[0] * self.masks[id(args[1])], *args[1:], **kwargs)
+        for leaf in tree_leaves((args, kwargs)):
+            mask = self.masks.pop(id(leaf), None)
+            if mask is not None:
+                self._before.append((leaf, leaf.data))
+                leaf.data = leaf.data * mask
+        return func(*args, **kwargs)
+
+    def restore(self) -> None:
+        """Give masked weights back as they were."""
+        for weight, data in self._before:
+            weight.data = data
 
 
 @contextmanager

@@ -164,6 +164,46 @@ def test_a_cut_tensor_is_its_kept_rectangle(at_once: int, monkeypatch: pytest.Mo
         assert new.data_ptr() != tensor.data_ptr()
 
 
+class Tied(nn.Module):
+    """One weight as an embedding's table, in a layer, and transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(7, 12), nn.Linear(12, 12)
+        self.out = nn.Linear(12, 7)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.mix(self.embed(x)))
+        return self.out(y) + y @ self.out.weight.t()
+
+
+@pytest.mark.parametrize("large", [0, removal.LARGE])
+@pytest.mark.parametrize(
+    ("model", "example"),
+    [
+        (nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(4, 5)),
+        (Tied(), torch.arange(6).reshape(2, 3)),
+        (
+            nn.Sequential(nn.Linear(5, 12), nn.TransformerEncoderLayer(12, 3, 10, batch_first=True)),
+            torch.randn(2, 4, 5),
+        ),
+    ],
+)
+def test_a_closed_model_computes_what_the_gated_one_does(
+    model: nn.Module, example: torch.Tensor, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(removal, "LARGE", large)
+    gated = nas_gate.attach(model.eval(), example)
+    keep = half(gated.structure)
+    gated.gates.weight.data = torch.where(keep, 1.0, -1.0)
+    before = snapshot(model)
+    with torch.no_grad(), removal.plain_operations(), removal.closed(model, gated.structure, keep):
+        got = model(example)
+    torch.testing.assert_close(got, gated(example).detach())
+    assert unchanged(model, before)
+
+
 # --- types and attributes -----------------------------------------------------------------------------------
 
 
