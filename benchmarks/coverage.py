@@ -52,10 +52,8 @@ import _environment
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 import nas_gate
 
@@ -295,17 +293,6 @@ def random_keep(structure: nas_gate.Structure) -> Tensor:
     return keep
 
 
-def count(model: nn.Module, example: tuple[Any, ...]) -> int:
-    """MACs of a forward pass, attention as plain matrix products (fused kernels are counted by their own formula)."""
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(*example)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
-    return int(counter.get_total_flops()) // 2
-
-
 def train_step(model: nn.Module, task: str, size: Sequence[int]) -> bool:
     """One SGD step in training mode: whether loss and gradients are finite and the weights moved."""
     batch = 2  # batch norm over 1x1 maps needs two
@@ -403,7 +390,7 @@ def _examine(row: Row) -> None:
         row.equal, row.failure = False, "the outputs hardly depend on the inputs: their equality says nothing"
 
     predicted = [round(float(cost(keep, metric))) for metric in ("macs", "params")]
-    counted = [count(removed.model, fresh), sum(p.numel() for p in removed.model.parameters())]
+    counted = [nas_gate.count_macs(removed.model, fresh), sum(p.numel() for p in removed.model.parameters())]
     row.cost_exact = predicted == counted
     row.macs_kept, row.params_kept = (round(c / d, 4) for c, d in zip(counted, (row.macs, row.params)))
     if not row.cost_exact and not row.failure:

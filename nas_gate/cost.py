@@ -179,6 +179,13 @@ def count_macs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] 
 
     Fused attention is run as plain matrix products, so that it counts alike on every backend.
     """
-    with mode_of(model, training=False), plain_operations(), FlopCounterMode(display=False) as counter:
-        model(*args, **(kwargs or {}))
+    learned = [p for p in model.parameters() if p.requires_grad]
+    for p in learned:  # the counter hangs hooks on what needs a gradient and goes into a module, without one it fails
+        p.requires_grad = False
+    try:
+        with mode_of(model, training=False), plain_operations(), FlopCounterMode(display=False) as counter:
+            model(*args, **(kwargs or {}))
+    finally:
+        for p in learned:
+            p.requires_grad = True
     return int(counter.get_total_flops()) // 2

@@ -293,3 +293,23 @@ def test_unknown_metric(structure: Structure) -> None:
 def test_wrong_shape(structure: Structure, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=re.escape(f"shape (16,), but has {shape}")):
         CostModel(structure)(torch.ones(shape))
+
+
+def test_a_parameter_that_goes_into_a_module_in_a_tuple_is_no_obstacle_to_counting():
+    """PyTorch's counter hangs hooks on such inputs of modules, and without gradients it fails."""
+
+    class Sum(nn.Module):
+        def forward(self, pair):
+            return pair[0] @ pair[1]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sum, self.weight = Sum(), nn.Parameter(torch.ones(3, 2))
+
+        def forward(self, x):
+            return self.sum((x, self.weight.expand(3, 2)))
+
+    net = Net()
+    assert nas_gate.count_macs(net, (torch.ones(4, 3),)) == 4 * 3 * 2
+    assert net.weight.requires_grad
