@@ -29,7 +29,7 @@ from nas_gate.cli import composed, settings_of
 from nas_gate.cost import count_macs
 from nas_gate.prepare import Prepared, example_input, prepare
 from nas_gate.search import Settings, train_dense
-from nas_gate.training import classification, distilled, evaluate, fit, optimiser, place
+from nas_gate.training import distilled, evaluate, fit, optimiser, place
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 400
@@ -63,10 +63,11 @@ def candidate(settings: Settings, prepared: Prepared, target: float, work: Path,
     small = place(
         pruned(prepared.dense, example, target), prepared.fabric, channels_last=settings.hardware.channels_last
     )
-    objective = classification(settings.cycle.label_smoothing)
+    task = prepared.task
+    objective = task.loss(settings.cycle.label_smoothing)
     if settings.distillation.weight > 0:
-        objective = distilled(objective, prepared.dense, **asdict(settings.distillation))
-    landed = evaluate(small, prepared.validation, fabric=prepared.fabric).accuracy
+        objective = distilled(task, objective, prepared.dense, **asdict(settings.distillation))
+    landed = evaluate(small, prepared.validation, fabric=prepared.fabric, task=task).accuracy
     history = fit(
         small,
         prepared.train,
@@ -75,6 +76,7 @@ def candidate(settings: Settings, prepared: Prepared, target: float, work: Path,
         optimisers=[optimiser(small.parameters(), settings.cycle)],
         schedule=settings.cycle.schedule_function(),
         objective=objective,
+        task=task,
         epochs=range(settings.cycle.epochs),
         seed=settings.seed,
         clip_norm=settings.cycle.clip_norm,
@@ -89,8 +91,10 @@ def candidate(settings: Settings, prepared: Prepared, target: float, work: Path,
         "seed": settings.seed,
         "landed_accuracy": landed,
         "accuracy": history[-1].accuracy,
-        "test_accuracy": evaluate(small, prepared.test, fabric=prepared.fabric).accuracy if settings.test else None,
-        "dense_accuracy": evaluate(prepared.dense, prepared.validation, fabric=prepared.fabric).accuracy,
+        "test_accuracy": evaluate(small, prepared.test, fabric=prepared.fabric, task=task).accuracy
+        if settings.test
+        else None,
+        "dense_accuracy": evaluate(prepared.dense, prepared.validation, fabric=prepared.fabric, task=task).accuracy,
         "macs": macs,
         "dense_macs": dense_macs,
         "macs_ratio": macs / dense_macs,
