@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 from nas_gate.gating import GatedModel, plain
 from nas_gate.latency import machine, processor, take_turns, thread_count
 from nas_gate.latency_table import Grid, LatencyTable, Operation, from_json, grid_from, to_json
-from nas_gate.operations import Progress, Sized, read, run
+from nas_gate.operations import Progress, Sized, read, run_all
 from nas_gate.removal import smaller
 from nas_gate.structure import Structure
 from nas_gate.structure.trace import mode_of
@@ -84,6 +85,7 @@ def measure_latency(
         grids={name: grids[name] for name in dict.fromkeys(names)},
         dense_ms=dense_ms,
         thinnest_ms=thinnest_ms,
+        absent=tuple(np.flatnonzero(structure.open_units(structure.dense()) == 0).tolist()),
     )
     if path is not None:
         _write(path, to_json(table))
@@ -95,8 +97,9 @@ def identify(gated: GatedModel, inputs: tuple[Any, ...] | None = None, threads: 
     if threads < 1:
         raise ValueError(f"`threads >= 1` must hold, but got {threads=}")
     args, kwargs = _arguments(gated, inputs)
-    ran, structure = run(on_processor(plain(gated.model)), args, kwargs), gated.structure
+    structure = gated.structure
     network = [[(g.name, g.size) for g in structure.groups], [(a.fixed, a.groups) for a in structure.axes]]
+    ran = run_all(on_processor(plain(gated.model)), structure, args, kwargs)
     network += [[(*r.key, str(r.leaves)) for r in ran]]
     shapes = [list(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     return {
@@ -170,7 +173,7 @@ def _write(path: Path, text: str) -> None:
 def _thinnest(structure: Structure) -> Tensor:
     keep = torch.zeros(structure.units, dtype=torch.bool)
     keep[[g.start for g in structure.groups]] = True
-    return keep
+    return keep & structure.dense()
 
 
 def _measured(sized: Sized) -> Grid:
