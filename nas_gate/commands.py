@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas_gate.errors import Refused
+from nas_gate.files import write_text
 
 if TYPE_CHECKING:
     from nas_gate.collect import Collected
@@ -126,7 +126,7 @@ def pareto(arguments: Sequence[str]) -> None:
             for path in options.plot:
                 print(f"picture: {draw(figure, path)}")
         if options.csv is not None:
-            _write(options.csv, marked(collected.table, cost).to_csv(index=False))
+            write_text(options.csv, marked(collected.table, cost).to_csv(index=False))
             print(f"table: {options.csv}")
 
 
@@ -165,7 +165,7 @@ def report(arguments: Sequence[str], shipped: Callable[[], Shipped]) -> None:
         for each in data["candidates"]:
             if each["misfit"] is not None:
                 print(f"nas-gate: without widths {each['path']}: {each['misfit']}", file=sys.stderr)
-        _write(options.output, page(data))
+        write_text(options.output, page(data))
         print(f"{len(data['candidates'])} candidates: {options.output}")
 
 
@@ -367,14 +367,3 @@ def _check_latency(collected: Collected, columns: Sequence[str]) -> None:
             "no candidate has a measured latency; measure it with nas-gate export CANDIDATE... (see nas-gate export "
             "--help)"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from nas_gate.files import replacing
 from nas_gate.pareto import check_table, column, front, knee, repeats
 
 if TYPE_CHECKING:
@@ -384,11 +384,6 @@ def draw(data: FigureData, path: str | Path) -> Path:
     with rc_context({"svg.hashsalt": "nas-gate", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
         metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         _figure(data).savefig(picture, format=path.suffix[1:], metadata=metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_bytes(picture.getvalue())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(picture.getvalue())
     return path

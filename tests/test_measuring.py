@@ -3,13 +3,14 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import nas_gate
-from nas_gate import models
+from nas_gate import measuring, models
 from nas_gate.latency_table import Grid, LatencyTable, Operation
 from nas_gate.operations import Ran, Sized, architectures, read, run
 from nas_gate.removal import cut_model, cut_of
@@ -328,6 +329,42 @@ def test_measured_once_and_kept(tmp_path: Path) -> None:
     assert gated.cost.total("latency_ms") == pytest.approx(table.dense_ms)
     copied = copy.deepcopy(gated)
     assert copied.cost.total("latency_ms") == gated.cost.total("latency_ms")
+
+
+def test_whole_networks_are_measured_in_rounds_among_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest round of each counts."""
+    measured: list[str] = []
+    rounds = {"dense": iter([9.0, 8.0, 5.0, 9.0, 7.0, 6.0, 9.0]), "thinnest": iter([3.0, 2.0, 4.0, 4.0, 2.5, 3.0, 3.0])}
+
+    def fastest(call: Any) -> float:
+        if not isinstance(network := call.func, nn.Module):
+            measured.append("operation")
+            return 1.0
+        assert not network.training
+        name = "dense" if network[0].out_channels == 4 else "thinnest"
+        measured.append(name)
+        return next(rounds[name])
+
+    monkeypatch.setattr(measuring, "_fastest", fastest)
+    gated = attached()
+    table = nas_gate.measure_latency(gated)
+    assert (table.dense_ms, table.thinnest_ms) == (5.0, 2.0)
+    assert {ms for grid in table.grids.values() for ms in grid.ms} == {1.0}
+    where = [name for name, before in zip(measured, [None, *measured]) if name != before or name != "operation"]
+    pair = ["dense", "thinnest"]
+    assert where == [
+        *pair,
+        *pair,
+        "operation",
+        *pair,
+        "operation",
+        *pair,
+        *pair,
+        "operation",
+        *pair,
+        "operation",
+        *pair,
+    ]
 
 
 def test_nothing_is_lost_by_an_interrupt(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +182,10 @@ def test_other_suffixes_are_refused(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
 
-    def full(self: Path, data: bytes) -> int:
+    def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         draw(figure_data(ONE), tmp_path / "front.png")
     assert list(tmp_path.iterdir()) == []
