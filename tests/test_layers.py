@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "nas_gate"
 LAYERS: dict[str, set[str]] = {
-    name: set() for name in ("errors", "files", "gates", "modules", "attention", "pareto", "tasks")
+    name: set() for name in ("errors", "files", "gates", "modules", "attention", "quality", "tasks")
 }
+LAYERS["pareto"] = {"quality"}
 LAYERS["latency"] = {"files"}
 LAYERS["structure"] = LAYERS["models"] = {"modules"}
 LAYERS["data"] = {"tasks"}
@@ -30,15 +31,26 @@ LAYERS["settings"] = {"baselines", "cost", "errors", "training"}
 LAYERS["budgets"] = {"gating", "settings", "training"}
 LAYERS["folders"] = {"errors", "files", "settings"}
 LAYERS["prepare"] = {*LAYERS} - {"candidate", "inspect", "pareto"}
-LAYERS["outcome"] = {"cost", "latency", "models", "pareto", "prepare", "removal", "settings", "tasks", "training"}
+LAYERS["outcome"] = {
+    "cost",
+    "latency",
+    "models",
+    "pareto",
+    "prepare",
+    "quality",
+    "removal",
+    "settings",
+    "tasks",
+    "training",
+}
 LAYERS["search"] = {*LAYERS}
-LAYERS["selection"] = {"candidate", "pareto"}
-LAYERS["plots"] = {"files", "pareto"}
-LAYERS["exported"] = {"latency"}
+LAYERS["selection"] = {"pareto", "quality"}
+LAYERS["plots"] = {"files", "pareto", "quality"}
+LAYERS["exported"] = {"latency", "quality"}
 LAYERS["export"] = {"candidate", "cost", "exported", "latency", "models", "removal", "structure"}
-LAYERS["collect"] = {"candidate", "latency", "pareto"}
-LAYERS["table"] = {"collect", "pareto", "plots", "selection"}
-LAYERS["report"] = {"candidate", "collect", "export", "models", "pareto", "plots", "removal"}
+LAYERS["collect"] = {"candidate", "latency", "pareto", "quality"}
+LAYERS["table"] = {"collect", "pareto", "plots", "quality", "selection"}
+LAYERS["report"] = {"candidate", "collect", "export", "models", "pareto", "plots", "quality", "removal"}
 LAYERS["reproduce"] = {"cost"}
 LAYERS["commands"] = {*LAYERS}
 LAYERS["study"] = {*LAYERS}
