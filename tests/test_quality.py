@@ -45,5 +45,5 @@ def test_results_without_a_record_are_of_accuracy() -> None:
     ],
 )
 def test_a_damaged_record_is_refused(record: object) -> None:
-    with pytest.raises(ValueError, match="task_metric must have|must be an identifier|format specifier"):
+    with pytest.raises(ValueError, match=r"task_metric must have|must be an identifier|format specifier"):
         quality_of({RECORD: record})
