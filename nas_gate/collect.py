@@ -20,7 +20,8 @@ import pandas as pd
 
 from nas_gate import latency
 from nas_gate.candidate import CandidateError, read
-from nas_gate.pareto import REQUIRED, check_table
+from nas_gate.pareto import check_table, required
+from nas_gate.quality import ACCURACY, Quality, quality_of
 
 Plain = Mapping[str, Any]
 
@@ -44,16 +45,17 @@ class Skipped:
 class Collected:
     """The table, what is not in it, and how its latencies were measured.
 
-    `table` has the columns of `nas_gate.pareto.REQUIRED`, all other numbers of the results, `param.<name>` for every
+    `table` has the columns of `nas_gate.pareto.required`, all other numbers of the results, `param.<name>` for every
     setting that varies within a study, and, where latencies were measured, `latency_ms` and `dense_latency_ms`.
     `path` is the candidate's folder. `unfinished` are trials without a result; `latency` says under which condition
-    `latency_ms` was measured, and is None without latencies.
+    `latency_ms` was measured, and is None without latencies. `quality` is what all candidates are judged by.
     """
 
     table: pd.DataFrame
     skipped: tuple[Skipped, ...]
     unfinished: tuple[Path, ...]
     latency: str | None
+    quality: Quality = ACCURACY
 
 
 class _Unreadable(Exception):
@@ -64,12 +66,14 @@ def collect(folders: Sequence[Path]) -> Collected:
     """All candidates of studies and runs; those that cannot be read are skipped.
 
     A study is called by its folder's name, or by its path where two have the same name. Raises ValueError for a folder
-    that is neither a study nor a run, and for one that is given twice.
+    that is neither a study nor a run, for one that is given twice, and where candidates are judged by different
+    metrics, which do not compare.
     """
     rows: list[dict[str, Any]] = []
     latencies: dict[str, list[Plain]] = {}
     skipped: list[Skipped] = []
     unfinished: list[Path] = []
+    qualities: dict[Quality, str] = {}
     for folder, study in zip(folders, _names(folders)):
         for number, trial in _trials(folder):
             if not (trial / RESULT).exists():
@@ -82,16 +86,23 @@ def collect(folders: Sequence[Path]) -> Collected:
                 continue
             for run in runs:
                 try:
-                    row = _row(study, number, run, settings)
+                    result = _json(run / RESULT)
+                    quality = _quality(result)
+                    row = _row(study, number, run, settings, result, quality)
                     measured = _measured(run / CANDIDATE / latency.RECORD)
-                    latencies[row["path"]] = [*measured, *_of_search(_json(run / RESULT), settings)]
+                    latencies[row["path"]] = [*measured, *_of_search(result, settings)]
                 except _Unreadable as error:
                     skipped.append(Skipped(run, str(error)))
                 else:
                     rows.append(row)
-    table = _varying(pd.DataFrame(rows, columns=None if rows else list(REQUIRED)))
+                    qualities.setdefault(quality, study)
+    if len(qualities) > 1:
+        told = " and ".join(f"{quality.name} (study {study})" for quality, study in qualities.items())
+        raise ValueError(f"candidates compare by one metric only, but these are judged by {told}")
+    quality = next(iter(qualities), ACCURACY)
+    table = _varying(pd.DataFrame(rows, columns=None if rows else list(required(quality))))
     table, condition = _with_latency(table, latencies)
-    return Collected(table, tuple(skipped), tuple(unfinished), condition)
+    return Collected(table, tuple(skipped), tuple(unfinished), condition, quality)
 
 
 def run_of(candidate: Path) -> tuple[Plain, Plain]:
@@ -156,8 +167,14 @@ def _json(path: Path) -> Plain:
 # --- one candidate ------------------------------------------------------------------------------------------
 
 
-def _row(study: str, trial: int, run: Path, settings: Plain) -> dict[str, Any]:
-    result = _json(run / RESULT)
+def _quality(result: Plain) -> Quality:
+    try:
+        return quality_of(result)
+    except ValueError as error:
+        raise _Unreadable(f"{RESULT}: {error}") from error
+
+
+def _row(study: str, trial: int, run: Path, settings: Plain, result: Plain, quality: Quality) -> dict[str, Any]:
     figures = {key: value for key, value in result.items() if _is_number(value)}
     row = {
         "study": study,
@@ -166,14 +183,15 @@ def _row(study: str, trial: int, run: Path, settings: Plain) -> dict[str, Any]:
         "method": str(result.get("method", settings.get("method", "gates"))),
         "seed": settings.get("seed"),
         "target": result.get("target", settings.get("target")),
-        "test_accuracy": None,  # where it was not asked for
+        quality.test: None,  # where it was not asked for
         **{key: value for key, value in figures.items() if key not in ("seed", "target", "trial")},
         **{f"param.{key}": value for key, value in _flat(settings) if key not in (*OWN_COLUMN, *PLACES)},
     }
-    if missing := [name for name in REQUIRED if name not in row or (row[name] is None and name != "test_accuracy")]:
+    needed = required(quality)
+    if missing := [name for name in needed if name not in row or (row[name] is None and name != quality.test)]:
         raise _Unreadable(f"{RESULT} and {SETTINGS} must say {', '.join(missing)}")
     try:
-        check_table(pd.DataFrame([row]))
+        check_table(pd.DataFrame([row]), quality)
         read(run / CANDIDATE)  # a damaged candidate must not be chosen
     except CandidateError as error:
         raise _Unreadable(str(error)) from error

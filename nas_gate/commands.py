@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas_gate.errors import Refused
+from nas_gate.files import write_text
+from nas_gate.quality import ACCURACY, Quality
 
 if TYPE_CHECKING:
     from nas_gate.collect import Collected
@@ -28,7 +29,7 @@ single `nas-gate search` (runs/...) will do as well. Candidates that cannot be r
 PARETO_HELP = f"""\
 All candidates of one or several studies in a table, cheapest first: which of them no other one dominates in accuracy
 and cost, the hypervolume of each front, and its knee, where more cost begins to buy little accuracy.
-Accuracy is that of the last epoch on validation data.
+Accuracy is that of the last epoch on validation data; in place of it stands the metric that the studies' task has.
 
 {STUDIES_HELP}"""
 
@@ -39,6 +40,7 @@ examples:
   nas-gate pareto runs/studies/digits --x params --csv candidates.csv
   nas-gate pareto runs/studies/digits --reference 0.9,0.7       hypervolume beyond 90 % accuracy, 70 % of the MACs
   nas-gate pareto runs/studies/digits --x latency               of candidates measured by `nas-gate export`
+  nas-gate pareto runs/studies/prices --reference 2.5,1         hypervolume of an error, rmse say, below 2.5
 """
 
 REPORT_HELP = f"""\
@@ -68,6 +70,8 @@ examples:
   nas-gate select runs/studies/digits --min-accuracy 0.97 --prefer macs
   nas-gate select runs/studies/digits --max-latency-ms 2 --prefer latency    as measured by `nas-gate export`
   nas-gate select runs/studies/digits --max-macs 60M --json
+  nas-gate select runs/studies/shapes --min mean_iou=0.6 --prefer macs       of another task than classification
+  nas-gate select runs/studies/prices --max rmse=2.5 --prefer macs           whose metric is an error
 Amounts may be written 60000000, 6e7, 60M, 1.5G or 200K (powers of 1000).
 """
 
@@ -98,7 +102,7 @@ def pareto(arguments: Sequence[str]) -> None:
     """`nas-gate pareto`."""
     parser = _parser("pareto", PARETO_HELP, PARETO_EXAMPLES)
     parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY")
-    parser.add_argument("--x", choices=tuple(COSTS), default="macs", help="the cost against accuracy (default: macs)")
+    parser.add_argument("--x", choices=tuple(COSTS), default="macs", help="the cost beside accuracy (default: macs)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table, with all figures and settings")
     parser.add_argument(
         *("--plot",), type=Path, action="append", default=[], metavar="FILE", help="draw to .png or .svg; repeatable"
@@ -106,9 +110,9 @@ def pareto(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--reference",
         type=_reference,
-        default=(0.0, 1.0),
         metavar="A,S",
-        help="hypervolume beyond accuracy A (a share) and share S of the dense cost (default: 0,1)",
+        help="hypervolume beyond accuracy A (a share; in other tasks a value of their metric) and share S of the dense "
+        "cost (default: 0,1; none where less is better)",
     )
     options = parser.parse_args(arguments)
 
@@ -120,26 +124,28 @@ def pareto(arguments: Sequence[str]) -> None:
         collected = _collected(options.studies)
         cost = COSTS[options.x]
         _check_latency(collected, [cost])
+        if collected.quality == ACCURACY and options.reference is not None and not 0 <= options.reference[0] < 1:
+            raise ValueError(f"the reference must be an accuracy in [0, 1), but is {options.reference[0]:g}")
         print(described(collected, cost, options.reference))
         if options.plot:
-            figure = figure_data(collected.table, cost)
+            figure = figure_data(collected.table, cost, collected.quality)
             for path in options.plot:
                 print(f"picture: {draw(figure, path)}")
         if options.csv is not None:
-            _write(options.csv, marked(collected.table, cost).to_csv(index=False))
+            write_text(options.csv, marked(collected.table, cost, collected.quality).to_csv(index=False))
             print(f"table: {options.csv}")
 
 
 def _reference(text: str) -> tuple[float, float]:
     try:
-        accuracy, share = map(float, text.split(","))
+        value, share = map(float, text.split(","))
     except ValueError:
-        accuracy = share = math.nan
-    if not (0 <= accuracy < 1 and 0 < share < math.inf):
+        value = share = math.nan
+    if not (math.isfinite(value) and 0 < share < math.inf):
         raise argparse.ArgumentTypeError(
-            f"must be an accuracy in [0, 1) and a positive share of the dense cost, as in 0.5,1, but is {text!r}"
+            f"must be an accuracy and a positive share of the dense cost, as in 0.5,1, but is {text!r}"
         )
-    return accuracy, share
+    return value, share
 
 
 # --- report -------------------------------------------------------------------------------------------------
@@ -165,7 +171,7 @@ def report(arguments: Sequence[str], shipped: Callable[[], Shipped]) -> None:
         for each in data["candidates"]:
             if each["misfit"] is not None:
                 print(f"nas-gate: without widths {each['path']}: {each['misfit']}", file=sys.stderr)
-        _write(options.output, page(data))
+        write_text(options.output, page(data))
         print(f"{len(data['candidates'])} candidates: {options.output}")
 
 
@@ -181,10 +187,17 @@ def select(arguments: Sequence[str]) -> None:
     parser.add_argument("--min-accuracy", type=float, metavar="A", help="least validation accuracy, as in 0.93")
     parser.add_argument("--max-latency-ms", type=float, metavar="MS", help="highest latency, in milliseconds")
     parser.add_argument(
+        *("--min",), type=_limit, metavar="METRIC=X", help="least validation metric of another task: mean_iou=0.6"
+    )
+    parser.add_argument(
+        *("--max",), type=_limit, metavar="METRIC=X", help="the same where less is better, as in rmse=0.1"
+    )
+    parser.add_argument(
         "--prefer",
-        choices=("knee", "accuracy", "macs", "params", "latency"),
         default="knee",
-        help="the knee of accuracy against MACs (default), the highest accuracy, or the lowest of a cost",
+        metavar="WHAT",
+        help="knee: that of accuracy against MACs (default); accuracy: the highest (of another task its metric, by "
+        "name); macs, params or latency: the lowest",
     )
     parser.add_argument("--runners-up", type=int, default=3, metavar="N", help="how many to show (default: 3)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -194,16 +207,19 @@ def select(arguments: Sequence[str]) -> None:
         from nas_gate import selection
 
         collected = _collected(options.studies)
-        needed = [selection.PREFERENCES[options.prefer], *(["latency_ms"] if options.max_latency_ms else [])]
+        needed = [selection.COSTS.get(options.prefer), *(["latency_ms"] if options.max_latency_ms else [])]
         _check_latency(collected, needed)
+        _check_limits(collected.quality, options.min, options.max)
         choice = selection.select(
             collected.table,
             max_macs=options.max_macs,
             min_accuracy=options.min_accuracy,
             max_params=options.max_params,
             max_latency_ms=options.max_latency_ms,
+            limit=next((given[1] for given in (options.min, options.max) if given is not None), None),
             prefer=options.prefer,
             runners_up=options.runners_up,
+            quality=collected.quality,
         )
         if options.json:
             chosen = {
@@ -228,6 +244,30 @@ def _amount(text: str) -> int:
         return parse_amount(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not name or not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a metric and a number, as in mean_iou=0.6, but is {text!r}")
+    return name, value
+
+
+def _check_limits(quality: Quality, least: tuple[str, float] | None, most: tuple[str, float] | None) -> None:
+    """ValueError unless a given limit is of the studies' own metric, and on the side where it bounds anything bad."""
+    for option, given, right in (
+        ("--min", least, quality.higher_is_better),
+        ("--max", most, not quality.higher_is_better),
+    ):
+        if given is not None and given[0] != quality.name:
+            raise ValueError(f"{option} {given[0]}: these candidates are judged by {quality.name}")
+        if given is not None and not right:
+            better, other = ("more", "--min") if quality.higher_is_better else ("less", "--max")
+            raise ValueError(f"{option} {given[0]}: {better} of it is better; bound it by {other} {quality.name}=...")
 
 
 def _without_nan(value: Any) -> Any:
@@ -361,20 +401,9 @@ def _candidates(folder: Path) -> list[Path]:
     return [folder] if (folder / RECORD).exists() else [Path(path) for path in _collected([folder]).table["path"]]
 
 
-def _check_latency(collected: Collected, columns: Sequence[str]) -> None:
+def _check_latency(collected: Collected, columns: Sequence[str | None]) -> None:
     if "latency_ms" in columns and collected.latency is None:
         raise ValueError(
             "no candidate has a measured latency; measure it with nas-gate export CANDIDATE... (see nas-gate export "
             "--help)"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nas_gate.latency import Latency
+from nas_gate.quality import quality_of
 
 CARD = "MODEL_CARD.md"
 
@@ -139,11 +140,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _figures(exported: Exported) -> list[str]:
     figures, rows = exported.figures, []
-    for label, key in (("validation accuracy", "accuracy"), ("test accuracy", "test_accuracy")):
+    quality = quality_of(figures)
+    for label, key in ((f"validation {quality.label}", quality.name), (f"test {quality.label}", quality.test)):
         value, dense = number(figures, key), number(figures, f"dense_{key}")
         if value is not None:
-            against = ("", "") if dense is None else (f"{dense:.2%}", f"{100 * (value - dense):+.2f} points")
-            rows.append((label, f"{value:.2%}", *against))
+            against = ("", "") if dense is None else (format(dense, quality.shown), quality.show_change(value - dense))
+            rows.append((label, format(value, quality.shown), *against))
     for label, key in (("MACs per example", "macs"), ("parameters", "params")):
         value, dense = number(figures, key), number(figures, f"dense_{key}")
         if value is not None:

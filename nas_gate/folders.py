@@ -12,8 +12,8 @@ from lightning_fabric import Fabric
 from rich.console import Console
 
 from nas_gate.errors import InUse, Refused
+from nas_gate.files import write_text
 from nas_gate.settings import Plain
-from nas_gate.training import replacing
 
 
 @contextmanager
@@ -73,8 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Plain) -> None:
     """Write an object, whole or not at all."""
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=2, default=str) + "\n").encode())
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def file_name(name: str) -> str:

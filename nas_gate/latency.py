@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nas_gate.files import write_text
+
 RECORD = "latency.json"
 
 # How often a latency is measured: after a warm-up, until `SECONDS` have passed, but within these counts.
@@ -171,10 +173,5 @@ def save(folder: Path, latencies: Sequence[Latency], versions: Mapping[str, str]
     """Leave latencies in a candidate's folder, for `nas_gate.collect`; those of a measurement before are replaced."""
     path = folder / RECORD
     record = {"machine": machine(), "versions": dict(versions), "latencies": [asdict(each) for each in latencies]}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_text(path, json.dumps(record, indent=1) + "\n")
     return path

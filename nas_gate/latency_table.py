@@ -4,6 +4,7 @@ The latency of a keep vector is the sum over all operations that the network run
 on a grid of its widths; between grid points its latency is multilinear, so that it is exact at the grid, continuous,
 and differentiable almost everywhere. Two whole networks, the dense one and the thinnest, calibrate the sum: `scale`
 for what operations lose when they follow one another (cold caches), `overhead` per operation for what surrounds them.
+Both networks have the first candidate of every choice; what runs inside another one counts where that one is chosen.
 Measured values are noisy, but a wider network is never predicted to be faster: see `isotone`.
 """
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from nas_gate.structure import Axis, Structure
 
-SCHEMA = 1
+SCHEMA = 2
 
 Floats = npt.NDArray[np.float64]
 
@@ -55,7 +56,7 @@ class LatencyTable:
 
     `identity` says what the figures belong to (machine, torch version, threads, input shapes, network), `groups` the
     size of every group of units by name, `dense_ms` and `thinnest_ms` the measured latencies of the network with all
-    units and with one of every group.
+    units and with one of every group, but none of those in `absent`: all candidates of choices but the first.
     """
 
     identity: Mapping[str, Any]
@@ -64,6 +65,7 @@ class LatencyTable:
     grids: Mapping[str, Grid]
     dense_ms: float
     thinnest_ms: float
+    absent: tuple[int, ...] = ()
 
     def check(self, structure: Structure) -> None:
         """Raise ValueError unless the table belongs to a network of this structure."""
@@ -89,7 +91,7 @@ class LatencyModel(nn.Module):
 
     def __init__(self, table: LatencyTable) -> None:
         super().__init__()
-        degree = max((len(o.widths) for o in table.operations), default=0)
+        degree = max((len(o.widths) for o in table.operations), default=0) or 1
         count = max((len(p) for g in table.grids.values() for p in g.points), default=1) + 1
         groups, operations = len(table.groups), len(table.operations)
         fixed = np.zeros((operations, degree))
@@ -112,19 +114,26 @@ class LatencyModel(nn.Module):
         arrays = {"fixed": fixed, "weights": weights, "points": points, "ms": ms, "needs": needs}
         for name, array in arrays.items():
             self.register_buffer(f"_{name}", torch.from_numpy(array), persistent=False)
-        sizes = torch.tensor(list(table.groups.values()), dtype=torch.float64)
-        dense, thinnest = (float(self._alone(n).sum()) for n in (sizes, torch.ones_like(sizes)))
-        rise = table.dense_ms - table.thinnest_ms
+        whole = torch.tensor(list(table.groups.values()), dtype=torch.float64)
+        thin = torch.ones_like(whole)
+        whole[list(table.absent)] = thin[list(table.absent)] = 0
+        runs = self._runs(whole)  # the same ones in both
+        dense, thinnest = (float(self._alone(n) @ runs) for n in (whole, thin))
         # at most as much as leaves the overhead at 0 or above, however noisy the two were
-        self.scale = min(max(0.0, rise / (dense - thinnest)), table.dense_ms / dense) if dense > thinnest else 0.0
+        most = table.dense_ms / dense if dense > 0 else 0.0
+        rise = table.dense_ms - table.thinnest_ms
+        self.scale = min(max(0.0, rise / (dense - thinnest)), most) if dense > thinnest else most
         """Milliseconds within the network for one of an operation alone."""
-        self.overhead = (table.dense_ms - self.scale * dense) / max(1, operations)
+        self.overhead = (table.dense_ms - self.scale * dense) / max(1.0, float(runs.sum()))
         """Milliseconds around every operation."""
 
     def forward(self, open_units: Tensor) -> Tensor:
         """Milliseconds when so many units of every group are open; `open_units` has shape (groups,), float64."""
-        runs = torch.where(self._needs, open_units.clamp(max=1), 1).prod(dim=1)
-        return ((self.scale * self._alone(open_units) + self.overhead) * runs).sum()
+        return ((self.scale * self._alone(open_units) + self.overhead) * self._runs(open_units)).sum()
+
+    def _runs(self, open_units: Tensor) -> Tensor:
+        """1 for every operation that runs, 0 for the others, shape (operations,)."""
+        return torch.where(self._needs, open_units.clamp(max=1), 1).prod(dim=1)
 
     def _alone(self, open_units: Tensor) -> Tensor:
         """Interpolated milliseconds of every operation by itself, shape (operations,)."""
@@ -174,7 +183,7 @@ def from_json(text: str) -> LatencyTable:
         operations = tuple(_operation(each, grids) for each in plain["operations"])
         groups = {str(name): int(size) for name, size in plain["groups"].items()}
         figures = float(plain["dense_ms"]), float(plain["thinnest_ms"])
-        return LatencyTable(plain["identity"], groups, operations, grids, *figures)
+        return LatencyTable(plain["identity"], groups, operations, grids, *figures, tuple(map(int, plain["absent"])))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"a latency table must be as nas_gate.measure_latency leaves it, but {error!r}") from error
 

@@ -7,28 +7,33 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from nas_gate.files import write_text
 from nas_gate.gating import GatedModel, plain
 from nas_gate.latency import machine, processor, take_turns, thread_count
 from nas_gate.latency_table import Grid, LatencyTable, Operation, from_json, grid_from, to_json
-from nas_gate.operations import Progress, Sized, read, run
+from nas_gate.operations import Progress, Sized, read, run_all
 from nas_gate.removal import smaller
 from nas_gate.structure import Structure
 from nas_gate.structure.trace import mode_of
 
 # How long one operation at one point is measured: after a warm-up, for so many milliseconds, but at least so often.
 WARM_UP, MILLISECONDS, FEWEST = 2, 15.0, 3
+
+ROUNDS = 7
+"""How often the two whole networks are measured so, spread evenly over the measuring of the operations."""
 
 
 def on_stderr(what: str, done: int, total: int) -> None:
@@ -68,15 +73,21 @@ def measure_latency(
     sized = read(model, structure, args, kwargs, progress)
     names = [each.name() for each in sized]
     left = {name: each for name, each in zip(names, sized) if name not in grids}
-    with thread_count(threads), torch.inference_mode():
-        for name, each in left.items():
+    networks = [model, smaller(model, structure, _thinnest(structure), args, kwargs)[0]]
+    whole = [partial(network, *args, **kwargs) for network in networks]
+    # between the operations, so that a moment at which the machine is busy meets neither all rounds nor these alone
+    moments = [len(left) * k // (ROUNDS - 1) for k in range(ROUNDS)]
+    with _running(networks, threads):
+        rounds = [list(map(_fastest, whole)) for _ in range(moments.count(0))]
+        for done, (name, each) in enumerate(left.items(), 1):
             progress("measuring operations", len(set(names) & grids.keys()), len(set(names)))
             grids[name] = _measured(each)
             if path is not None:
-                _write(path, json.dumps({"identity": identity, "unfinished": {n: asdict(g) for n, g in grids.items()}}))
+                unfinished = {n: asdict(g) for n, g in grids.items()}
+                write_text(path, json.dumps({"identity": identity, "unfinished": unfinished}))
+            rounds += [list(map(_fastest, whole)) for _ in range(moments.count(done))]
         progress("measuring operations", len(set(names)), len(set(names)))
-    small, _ = smaller(model, structure, _thinnest(structure), args, kwargs)
-    dense_ms, thinnest_ms = fastest([model, small], args, kwargs, threads)
+    dense_ms, thinnest_ms = map(min, zip(*rounds))
     table = LatencyTable(
         identity=identity,
         groups={g.name: g.size for g in structure.groups},
@@ -84,9 +95,10 @@ def measure_latency(
         grids={name: grids[name] for name in dict.fromkeys(names)},
         dense_ms=dense_ms,
         thinnest_ms=thinnest_ms,
+        absent=tuple(np.flatnonzero(structure.open_units(structure.dense()) == 0).tolist()),
     )
     if path is not None:
-        _write(path, to_json(table))
+        write_text(path, to_json(table))
     return table
 
 
@@ -95,8 +107,9 @@ def identify(gated: GatedModel, inputs: tuple[Any, ...] | None = None, threads: 
     if threads < 1:
         raise ValueError(f"`threads >= 1` must hold, but got {threads=}")
     args, kwargs = _arguments(gated, inputs)
-    ran, structure = run(on_processor(plain(gated.model)), args, kwargs), gated.structure
+    structure = gated.structure
     network = [[(g.name, g.size) for g in structure.groups], [(a.fixed, a.groups) for a in structure.axes]]
+    ran = run_all(on_processor(plain(gated.model)), structure, args, kwargs)
     network += [[(*r.key, str(r.leaves)) for r in ran]]
     shapes = [list(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     return {
@@ -119,12 +132,19 @@ def fastest(networks: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[
 
     Whatever else the machine does only adds to a call, so that the fastest says the most about the network.
     """
+    with _running(networks, threads):
+        return [min(taken) for taken in take_turns([partial(network, *args, **kwargs) for network in networks])]
+
+
+@contextmanager
+def _running(networks: Sequence[nn.Module], threads: int) -> Iterator[None]:
+    """Networks in evaluation mode, without gradients, on so many threads."""
     with ExitStack() as exits:
         exits.enter_context(thread_count(threads))
         exits.enter_context(torch.inference_mode())
         for network in networks:
             exits.enter_context(mode_of(network, training=False))
-        return [min(taken) for taken in take_turns([partial(network, *args, **kwargs) for network in networks])]
+        yield
 
 
 def _arguments(gated: GatedModel, inputs: tuple[Any, ...] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -156,21 +176,10 @@ def _known(path: Path | None, identity: Mapping[str, Any]) -> LatencyTable | dic
     return from_json(text) if unfinished is None else unfinished
 
 
-def _write(path: Path, text: str) -> None:
-    """Replace a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _thinnest(structure: Structure) -> Tensor:
     keep = torch.zeros(structure.units, dtype=torch.bool)
     keep[[g.start for g in structure.groups]] = True
-    return keep
+    return keep & structure.dense()
 
 
 def _measured(sized: Sized) -> Grid:
@@ -181,7 +190,7 @@ def _measured(sized: Sized) -> Grid:
         raise ValueError(f"every operation must run alone to be measured, but {sized.name()} fails: {error}") from error
 
 
-def _fastest(function: Any) -> float:
+def _fastest(function: Callable[[], Any]) -> float:
     """Milliseconds of the fastest of several calls."""
     for _ in range(WARM_UP):
         function()

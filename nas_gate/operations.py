@@ -3,14 +3,18 @@
 Every group of units is thinned out in turn, the smaller network is run, and the shapes and sizes of its operations
 are compared with the dense network's. So any operation is known, whatever rules say about it: convolutions and matrix
 products, norms, activations, additions, concatenations. A random network checks at the end that what was found holds.
+
+A network with choices is run with other candidates, too, as often as it takes for each to be the chosen one. What runs
+inside a candidate is an operation of that candidate; all else must run whichever is chosen.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +22,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.module_tracker import ModuleTracker
 
-from nas_gate.removal import MENDS, smaller
-from nas_gate.structure import Axis, Structure
+from nas_gate.removal import MENDS, name_before, parents, smaller
+from nas_gate.structure import CHOICE, Axis, Group, Structure
 from nas_gate.structure.trace import mode_of, unchanged
 
 POINTS = 5
@@ -33,6 +37,9 @@ MOST_WIDTHS = 2
 """An operation with more widths is measured at equal shares of all of them only, as a function of their sum."""
 
 Ints = npt.NDArray[np.int64]
+Key = tuple[str, str, int]
+"""Of an operation: the place of the module that runs it, its name, and how often that module had run it before."""
+
 Progress = Callable[[str, int, int], None]
 """Told of work that takes its time: what, how much of it is done, of how much in all."""
 
@@ -50,8 +57,7 @@ class Sizes:
 class Ran:
     """One operation of one run: where it stands, and its arguments with tensors as `Sizes`."""
 
-    key: tuple[str, str, int]
-    """The module that ran it, its name, and how often that module had run it before."""
+    key: Key
     op: Any
     leaves: tuple[Any, ...]
     spec: Any
@@ -115,34 +121,93 @@ def read(
 ) -> list[Sized]:
     """All operations that the model runs on its example inputs in evaluation mode, but views, which move nothing.
 
-    Raises ValueError where sizes are no whole multiples of open units, and for a network with choices.
+    With choices those of all candidates; each needs the groups of the candidates that it is inside of. Raises
+    ValueError where sizes are no whole multiples of open units, or depend on a choice from outside its candidates.
     """
-    if structure.choices:
-        raise ValueError(
-            f"the latency of a network with a Choice is not priced, but {structure.choices[0].path} is one"
-        )
-    model = _as_cut(model)
-    dense = run(model, args, kwargs)
-    numbers = {ran.key: ran.numbers() for ran in dense}
+    model, keeps = _as_cut(model), architectures(structure)
+    runs = [_run_removed(model, structure, keep, args, kwargs) for keep in keeps]
+    known: dict[Key, Ran] = {}
+    for of in runs:
+        known |= {key: ran for key, ran in of.items() if key not in known}
+    around = {key: _candidates_around(structure, key[0]) for key in known}
+    for keep, of in zip(keeps, runs):
+        _check_choices(keep, of, known, around)
+    numbers = {key: ran.numbers() for key, ran in known.items()}
     slopes = {key: np.zeros((len(n), len(structure.groups)), dtype=np.int64) for key, n in numbers.items()}
-    needs: dict[tuple[str, str, int], list[int]] = {ran.key: [] for ran in dense}
-    for index, group in enumerate(structure.groups):
-        progress("reading operations", index, len(structure.groups))
+    group_of = structure.group_of_unit()
+    needs = {key: {int(group_of[unit]) for unit in units} for key, units in around.items()}
+    steps = [(keep, of, index) for keep, of in zip(keeps, runs) for index in _thinned(structure, keep)]
+    for step, (keep, of, index) in enumerate(steps):
+        progress("reading operations", step, len(steps))
+        group = structure.groups[index]
         closed = max(1, group.size // 2)
-        keep = torch.ones(structure.units, dtype=torch.bool)
-        keep[group.start : group.start + closed] = False
-        small = {ran.key: ran.numbers() for ran in run(smaller(model, structure, keep, args, kwargs)[0], args, kwargs)}
-        for key, before in numbers.items():
+        thinner = keep.clone()
+        thinner[group.start : group.start + closed] = False
+        small = _run_removed(model, structure, thinner, args, kwargs)
+        for key in of:
             if key not in small:
-                needs[key].append(index)
+                needs[key].add(index)
                 continue
-            _alike(key, before, small[key])
-            slopes[key][:, index], rest = np.divmod(before - small[key], closed)
+            after = small[key].numbers()
+            _alike(key, numbers[key], after)
+            slopes[key][:, index], rest = np.divmod(numbers[key] - after, closed)
             _require(not rest.any(), key, f"does not shrink by whole slots with the units of {group.name}")
             _require((slopes[key] >= 0).all(), key, f"grows while units of {group.name} go")
-    _check(model, structure, args, kwargs, numbers, slopes)
+    random = np.random.default_rng(0)
+    for _ in keeps:
+        _check(model, structure, args, kwargs, numbers, slopes, random)
     sizes = np.array([g.size for g in structure.groups])
-    return [_sized(ran, slopes[ran.key], sizes, tuple(needs[ran.key])) for ran in dense]
+    return [_sized(ran, slopes[key], sizes, tuple(sorted(needs[key]))) for key, ran in known.items()]
+
+
+def architectures(structure: Structure) -> list[Tensor]:
+    """Keeps, shape (units,), of all widths and branches, in which every candidate of every choice is chosen once.
+
+    The first is the dense network's, and the only one without choices.
+    """
+    place = {part.unit: part.modules[0][0] for part in structure.parts}
+    left = {unit for choice in structure.choices for unit in choice.units}
+    keeps: list[Tensor] = []
+    while left or not keeps:
+        keep = structure.dense()
+        waiting = {path for unit in left for path in parents(place[unit])}
+        for choice in structure.choices:
+            keep[list(choice.units)] = False
+            keep[next((unit for unit in choice.units if place[unit] in waiting), choice.units[0])] = True
+        closed = {place[unit] for choice in structure.choices for unit in choice.units if not keep[unit]}
+        left = {unit for unit in left if not closed.isdisjoint(parents(place[unit]))}
+        keeps.append(keep)
+    return keeps
+
+
+def _thinned(structure: Structure, keep: Tensor) -> list[int]:
+    """The groups, but candidates, that have slots in the network that `keep` leaves."""
+    gone = {tensor for part in structure.parts if not keep[part.unit] for tensor in part.tensors}
+
+    def stands(group: Group) -> bool:
+        return group.kind != CHOICE and any(member.tensor not in gone for member in group.members)
+
+    return [index for index, group in enumerate(structure.groups) if stands(group)]
+
+
+def _candidates_around(structure: Structure, path: str) -> list[int]:
+    """The units of the candidates that a module is inside of."""
+    rivals = {unit for choice in structure.choices for unit in choice.units}
+    inside = set(parents(path))
+    return [part.unit for part in structure.parts if part.unit in rivals and part.modules[0][0] in inside]
+
+
+def _check_choices(
+    keep: Tensor, ran: Mapping[Key, Ran], known: Mapping[Key, Ran], around: Mapping[Key, Sequence[int]]
+) -> None:
+    """Raise ValueError unless the network of `keep` runs what is inside its candidates, and all that is in none."""
+    for key, first in known.items():
+        expected = bool(keep[list(around[key])].all())
+        _require(expected == (key in ran), key, "depends on the candidates of a Choice, but is inside of none")
+        if expected:
+            _alike(key, first.numbers(), ran[key].numbers())
+            same = (first.numbers() == ran[key].numbers()).all()
+            _require(same, key, "has other sizes with other candidates of a Choice")
 
 
 def _as_cut(model: nn.Module) -> nn.Module:
@@ -159,21 +224,67 @@ def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
 
     Layers of transformers are not fused into one operation, for those of a cut network are not.
     """
-    recorder, fused = _Recorder(), torch.backends.mha.get_fastpath_enabled()
+    fused, ran = torch.backends.mha.get_fastpath_enabled(), list[Ran]()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with unchanged(model), mode_of(model, training=False), torch.no_grad(), recorder.modules, recorder:
+        with (
+            unchanged(model),
+            mode_of(model, training=False),
+            torch.no_grad(),
+            _place(model) as place,
+            _Recorder(place, ran),
+        ):
             model(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    return recorder.ran
+    return ran
+
+
+def run_all(model: nn.Module, structure: Structure, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Ran]:
+    """The operations of all `architectures`."""
+    for keep in architectures(structure):
+        yield from _run_removed(model, structure, keep, args, kwargs).values()
+
+
+def _run_removed(
+    model: nn.Module, structure: Structure, keep: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[Key, Ran]:
+    """What the smaller network runs; places are those of the whole model."""
+    small, cut = smaller(model, structure, keep, args, kwargs)
+    ran = (replace(r, key=(name_before(cut, r.key[0]), *r.key[1:])) for r in run(small, args, kwargs))
+    return {r.key: r for r in ran}
+
+
+@contextmanager
+def _place(model: nn.Module) -> Iterator[Callable[[], str]]:
+    """The path of the module that runs now, by the modules that called it: one with several places has each."""
+    names: dict[nn.Module, dict[nn.Module, str]] = {}
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+
+    def inside(module: nn.Module) -> dict[nn.Module, str]:
+        if module not in names:
+            names[module] = {m: name for name, m in module.named_modules()}
+        return names[module]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        path, caller = stack[-1]
+        name = inside(caller).get(module)
+        path = inside(model).get(module, path) if name is None else f"{path}.{name}".strip(".")
+        stack.append((path, module))
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        stack.pop()
+
+    with ExitStack() as exits:
+        exits.callback(register_module_forward_pre_hook(enter).remove)
+        exits.callback(register_module_forward_hook(leave, always_call=True).remove)
+        yield lambda: stack[-1][0]
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, place: Callable[[], str], ran: list[Ran]) -> None:
         super().__init__()
-        self.modules = ModuleTracker()
-        self.ran: list[Ran] = []
+        self._place, self._ran = place, ran
         self._seen: Counter[tuple[str, str]] = Counter()
 
     def __torch_dispatch__(
@@ -181,8 +292,8 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         if not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
             leaves, spec = pytree.tree_flatten((args, kwargs or {}))
-            where = max(self.modules.parents, key=len), str(func)
-            self.ran.append(Ran((*where, self._seen[where]), func, tuple(map(_leaf, leaves)), spec))
+            where = self._place(), str(func)
+            self._ran.append(Ran((*where, self._seen[where]), func, tuple(map(_leaf, leaves)), spec))
             self._seen[where] += 1
         return func(*args, **(kwargs or {}))
 
@@ -257,26 +368,29 @@ def _check(
     structure: Structure,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    numbers: Mapping[tuple[str, str, int], Ints],
-    slopes: Mapping[tuple[str, str, int], Ints],
+    numbers: Mapping[Key, Ints],
+    slopes: Mapping[Key, Ints],
+    random: np.random.Generator,
 ) -> None:
     """Raise ValueError unless a random network runs operations of the sizes that were found."""
-    random = np.random.default_rng(0)
     keep = torch.from_numpy(random.random(structure.units) < 0.5)
     for group in structure.groups:
         keep[group.stop - 1] = True
+    for choice in structure.choices:
+        keep[list(choice.units)] = False
+        keep[int(random.choice(choice.units))] = True
     closed = np.array([g.size for g in structure.groups]) - structure.open_units(keep)
-    for ran in run(smaller(model, structure, keep, args, kwargs)[0], args, kwargs):
-        if ran.key in numbers:
-            _alike(ran.key, numbers[ran.key], ran.numbers())
-            expected = numbers[ran.key] - slopes[ran.key] @ closed
-            _require((expected == ran.numbers()).all(), ran.key, "has sizes that are no sums of open units")
+    for key, ran in _run_removed(model, structure, keep, args, kwargs).items():
+        if key in numbers:
+            _alike(key, numbers[key], ran.numbers())
+            expected = numbers[key] - slopes[key] @ closed
+            _require((expected == ran.numbers()).all(), key, "has sizes that are no sums of open units")
 
 
-def _alike(key: tuple[str, str, int], before: Ints, after: Ints) -> None:
+def _alike(key: Key, before: Ints, after: Ints) -> None:
     _require(len(before) == len(after), key, "takes other arguments in a smaller network")
 
 
-def _require(condition: bool | np.bool_, key: tuple[str, str, int], what: str) -> None:
+def _require(condition: bool | np.bool_, key: Key, what: str) -> None:
     if not condition:
         raise ValueError(f"the latency of every operation must follow from its widths, but {key[1]} in {key[0]} {what}")

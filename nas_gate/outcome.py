@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from nas_gate.cost import MEASURED
 from nas_gate.latency import machine
 from nas_gate.pareto import hypervolume
 from nas_gate.prepare import Prepared, task_of
+from nas_gate.quality import RECORD, Quality
 from nas_gate.removal import Removed
 from nas_gate.settings import Leg, Plain, Settings
 from nas_gate.tasks import Metric
@@ -40,6 +41,7 @@ class Stage:
 def figures(
     settings: Settings,
     leg: Leg,
+    metric: Metric,
     stages: Sequence[Stage],
     histories: Mapping[str, Sequence[Epoch]],
     removed: Removed,
@@ -47,7 +49,7 @@ def figures(
     latencies: tuple[float, float] | None,
     path: Path,
 ) -> dict[str, Any]:
-    """The flat results of one candidate: see `search.search`; `latencies` are measured ones, dense and its own."""
+    """The results of one candidate: see `search.search`; `latencies` are measured ones, dense and its own."""
     dense, last = stages[0], stages[-1]
     ratios = {"macs": last.macs / dense.macs, "params": last.params / dense.params}
     achieved = {**ratios, "latency_ms": last.latency_ms}
@@ -63,6 +65,7 @@ def figures(
         "achieved": achieved[settings.metric],
         "max_relative_error": removed.max_relative_error,
         "test_accuracy": test_accuracy,
+        RECORD: asdict(Quality(metric.name, metric.higher_is_better, metric.shown)),
     }
     for stage in stages:
         for name in ("accuracy", "macs", "params"):

@@ -1,12 +1,14 @@
 """Fronts over a table of candidates: who is dominated, the hypervolume, the knee, the spread over seeds.
 
-The table has one row per candidate: `REQUIRED` names its columns, and any others (`latency_ms`, `param.<name>`) are
-kept. `accuracy` is the validation accuracy at the last epoch, as a share in [0, 1]; `macs` are multiply-accumulates.
-A row dominates another if it is at least as good in every objective and better in one.
+The table has one row per candidate: `required` names its columns, and any others (`latency_ms`, `param.<name>`) are
+kept. What candidates are judged by is the task's metric, a `Quality`: `accuracy`, the validation accuracy at the last
+epoch as a share in [0, 1], unless another is given, and then its columns have its name. `macs` are
+multiply-accumulates. A row dominates another if it is at least as good in every objective and better in one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from nas_gate.quality import ACCURACY, Quality
+
 Floats = npt.NDArray[np.float64]
 Objectives = Sequence[tuple[str, str]]
 
-REQUIRED = (
-    *("study", "trial", "path", "method", "seed", "target"),
-    *("accuracy", "test_accuracy", "macs", "params"),
-    *("dense_accuracy", "dense_macs", "dense_params"),
-)
-OBJECTIVES: Objectives = (("accuracy", "max"), ("macs", "min"))
+OBJECTIVES: Objectives = ACCURACY.against("macs")
 
 _KNEE_TIE = 1e-9  # distances this close are equal: points on one straight line differ by rounding alone
 
@@ -129,13 +128,22 @@ def column(table: pd.DataFrame, name: str) -> Floats:
         raise ValueError(f"column {name!r} must hold numbers, but {error}") from None
 
 
-def check_table(table: pd.DataFrame) -> None:
+def required(quality: Quality = ACCURACY) -> tuple[str, ...]:
+    """The columns that a table of candidates must have."""
+    return (
+        *("study", "trial", "path", "method", "seed", "target"),
+        *(quality.name, quality.test, "macs", "params"),
+        *(quality.dense, "dense_macs", "dense_params"),
+    )
+
+
+def check_table(table: pd.DataFrame, quality: Quality = ACCURACY) -> None:
     """Raises ValueError where the table misses a required column or holds an impossible figure."""
-    if missing := [name for name in REQUIRED if name not in table.columns]:
+    if missing := [name for name in required(quality) if name not in table.columns]:
         raise ValueError(f"a table of candidates needs the columns {missing}; it has {sorted(map(str, table))}")
-    for name in ("accuracy", "test_accuracy", "dense_accuracy"):
+    for name in (quality.name, quality.test, quality.dense):
         values = column(table, name)
-        if len(wrong := values[(values < 0) | (values > 1)]):
+        if quality.name == ACCURACY.name and len(wrong := values[(values < 0) | (values > 1)]):
             raise ValueError(f"`0 <= {name} <= 1` must hold (a share, not per cent), but got {wrong[0]:g}")
     for name in ("macs", "params", "dense_macs", "dense_params", "latency_ms"):
         if name in table.columns and len(wrong := (values := column(table, name))[values <= 0]):
@@ -149,15 +157,18 @@ def _values(table: pd.DataFrame, objectives: Objectives) -> tuple[Floats, list[b
     return np.column_stack([column(table, name) for name, _ in objectives]), [d == "max" for _, d in objectives]
 
 
-def front(table: pd.DataFrame, objectives: Objectives = OBJECTIVES) -> pd.DataFrame:
+def front(table: pd.DataFrame, objectives: Objectives | None = None, quality: Quality = ACCURACY) -> pd.DataFrame:
     """The candidates that no other one dominates, all columns kept, sorted by the first minimised objective (MACs).
 
-    `objectives` are pairs of a column and "max" or "min". Candidates with equal figures are all kept.
+    `objectives` are pairs of a column and "max" or "min" (default: the quality against MACs); the quality itself is
+    what is sorted by last. Candidates with equal figures are all kept.
     """
-    check_table(table)
+    check_table(table, quality)
+    objectives = quality.against("macs") if objectives is None else objectives
     values, maximise = _values(table, objectives)
     chosen: pd.DataFrame = table[non_dominated(values, maximise)]
-    names = sorted(objectives, key=lambda objective: objective[1] == "max")  # stable: minimised ones first
+    # stable: minimised costs first
+    names = sorted(objectives, key=lambda objective: objective[1] == "max" or objective[0] == quality.name)
     ascending = [direction == "min" for _, direction in names]
     ordered: pd.DataFrame = chosen.sort_values([name for name, _ in names], ascending=ascending, kind="stable")
     return ordered
@@ -196,24 +207,24 @@ def knee(front: pd.DataFrame, objectives: Objectives = OBJECTIVES) -> int:
     return int(np.argmax(np.where(distance >= distance.max() - _KNEE_TIE, first, -np.inf)))
 
 
-def marked(table: pd.DataFrame, cost: str = "macs") -> pd.DataFrame:
-    """The table in ascending `cost`, with three columns more: who is on the front of accuracy against it.
+def marked(table: pd.DataFrame, cost: str = "macs", quality: Quality = ACCURACY) -> pd.DataFrame:
+    """The table in ascending `cost`, with three columns more: who is on the front of the quality against it.
 
     `on_front` is of the front of the candidate's study (all methods), `knee` the knee of that front, and
     `on_common_front` of the front of all studies together.
     """
-    objectives = (("accuracy", "max"), (cost, "min"))
+    objectives = quality.against(cost)
     on_front: list[Any] = []
     knees: list[Any] = []
     for _, group in table.groupby("study", sort=False):
-        best = front(group, objectives)
+        best = front(group, objectives, quality)
         on_front += list(best.index)
         knees += [best.index[knee(best, objectives)]] if len(best) else []
     result: pd.DataFrame = table.assign(
         on_front=table.index.isin(on_front),
-        on_common_front=table.index.isin(front(table, objectives).index),
+        on_common_front=table.index.isin(front(table, objectives, quality).index),
         knee=table.index.isin(knees),
-    ).sort_values([cost, "accuracy"], kind="stable", ignore_index=True)
+    ).sort_values([cost, quality.name], ascending=[True, quality.higher_is_better], kind="stable", ignore_index=True)
     return result
 
 
@@ -222,32 +233,37 @@ def summary(
     reference: tuple[float, float] | None = None,
     by: Sequence[str] = ("study",),
     cost: str = "macs",
+    quality: Quality = ACCURACY,
 ) -> pd.DataFrame:
     """One row per study: candidates, how many are on its front, the front's hypervolume and its knee.
 
-    The front is that of accuracy against the column `cost` ("macs", "params" or "latency_ms"). The hypervolume is that
-    of accuracy in [0, 1] against the cost as a share of the dense model's (the largest one's, where a study has
-    several; column `dense_<cost>`), beyond `reference` = (accuracy, share of the cost). The default (0, 1), "no
-    accuracy at the dense model's cost", leaves out nothing that saves anything and bounds the hypervolume by 1; it is
-    returned as `reference_accuracy` and `reference_<cost>_share`. Hypervolumes compare only under one reference and
-    one dense model. `by=("study", "method")` gives each method of a study its own row.
+    The front is that of the quality against the column `cost` ("macs", "params" or "latency_ms"). The hypervolume is
+    that of the quality against the cost as a share of the dense model's (the largest one's, where a study has
+    several; column `dense_<cost>`), beyond `reference` = (quality, share of the cost). The default (0, 1), "no
+    accuracy at the dense model's cost", leaves out nothing that saves anything and bounds the hypervolume of an
+    accuracy by 1; of a quality that is better for being lower there is no such corner, and no hypervolume (NaN)
+    without one given. It is returned as `reference_<quality>` and `reference_<cost>_share`. Hypervolumes compare only
+    under one reference and one dense model. `by=("study", "method")` gives each method of a study its own row.
     """
-    check_table(table)
-    objectives = (("accuracy", "max"), (cost, "min"))
-    corner = (0.0, 1.0) if reference is None else reference
+    check_table(table, quality)
+    objectives = quality.against(cost)
+    corner = quality.reference if reference is None else reference
     rows: list[dict[str, Any]] = []
     for names, group in table.groupby(list(by), sort=False, dropna=False):
-        best = front(group, objectives)
+        best = front(group, objectives, quality)
         dense = float(np.nanmax(column(group, f"dense_{cost}"), initial=-np.inf))
-        shares = np.column_stack([column(group, "accuracy"), column(group, cost) / dense])
+        shares = np.column_stack([column(group, quality.name), column(group, cost) / dense])
+        volume = math.nan
+        if corner is not None and dense > 0:
+            volume = hypervolume(shares, corner, (quality.higher_is_better, False))
         row = dict(zip(by, names if isinstance(names, tuple) else (names,)))
         row |= {"candidates": len(group), "on_front": len(best)}
-        row |= {"hypervolume": hypervolume(shares, corner, (True, False)) if dense > 0 else float("nan")}
-        row |= {"reference_accuracy": corner[0], f"reference_{cost}_share": corner[1]}
+        row |= {"hypervolume": volume}
+        row |= dict(zip((f"reference_{quality.name}", f"reference_{cost}_share"), corner or (math.nan, math.nan)))
         row |= {f"dense_{cost}": dense if dense > 0 else float("nan")}
         if len(best):
             at_knee = best.iloc[knee(best, objectives)]
-            row |= {f"knee_{name}": at_knee[name] for name in ("trial", "path", "accuracy", cost)}
+            row |= {f"knee_{name}": at_knee[name] for name in ("trial", "path", quality.name, cost)}
         rows.append(row)
     result: pd.DataFrame = pd.DataFrame(rows)
     return result
@@ -259,17 +275,17 @@ def repeat_keys(table: pd.DataFrame) -> list[str]:
     return ["study", "method", "target", *parameters]
 
 
-def repeats(table: pd.DataFrame) -> pd.DataFrame:
+def repeats(table: pd.DataFrame, quality: Quality = ACCURACY) -> pd.DataFrame:
     """Mean and spread over seeds: one row per study, method, target and hyper-parameters, one column per figure.
 
     `count` is the number of seeds; `<figure>_mean` and `<figure>_std` (sample standard deviation, NaN for one seed)
-    are given for accuracy, test_accuracy, macs, params and, where it is there, latency_ms. A seed that stands twice
-    counts once, with its first row; candidates without an accuracy are left out.
+    are given for the quality, also on test data, macs, params and, where it is there, latency_ms. A seed that stands
+    twice counts once, with its first row; candidates whose quality is not known are left out.
     """
-    check_table(table)
+    check_table(table, quality)
     keys = repeat_keys(table)
-    finished = table[~np.isnan(column(table, "accuracy"))].drop_duplicates([*keys, "seed"])
-    figures = [c for c in ("accuracy", "test_accuracy", "macs", "params", "latency_ms") if c in table.columns]
+    finished = table[~np.isnan(column(table, quality.name))].drop_duplicates([*keys, "seed"])
+    figures = [c for c in (quality.name, quality.test, "macs", "params", "latency_ms") if c in table.columns]
     numbers = finished.assign(**{name: column(finished, name) for name in figures})
     groups = numbers.groupby(keys, sort=False, dropna=False)
     parts = [groups.size().rename("count")]

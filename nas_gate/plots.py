@@ -1,10 +1,12 @@
-"""The picture of one or several studies: accuracy against cost. First the plain record of it, then the drawing."""
+"""The picture of one or several studies: quality against cost. First the plain record of it, then the drawing.
+
+In the record `accuracy` is the figure that candidates are judged by, in other tasks than classification another one.
+"""
 
 from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from nas_gate.files import replacing
 from nas_gate.pareto import check_table, column, front, knee, repeats
+from nas_gate.quality import ACCURACY, Quality
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +41,7 @@ _SHORT = {"macs": "MACs", "params": "parameters", "latency_ms": "latency"}
 
 @dataclass(frozen=True)
 class Point:
-    """One candidate: its cost in the unit of the x column, its validation accuracy in [0, 1]."""
+    """One candidate: its cost in the unit of the x column, its quality on validation data."""
 
     cost: float
     accuracy: float
@@ -89,51 +93,52 @@ class Dense:
 
 @dataclass(frozen=True)
 class FigureData:
-    """All that the picture shows; `left_out` counts candidates without an accuracy or a figure for the x axis."""
+    """All that the picture shows; `left_out` counts candidates without the quality or a figure for the x axis."""
 
     x: str
     series: tuple[Series, ...]
     knees: tuple[Knee, ...]
     dense: tuple[Dense, ...]
     left_out: int
+    quality: Quality = ACCURACY
 
 
-def _staircase(best: pd.DataFrame, x: str) -> tuple[tuple[float, float], ...]:
-    """The corners of a front's outline: level at each accuracy up to the next cost, then up."""
-    points = list(dict.fromkeys(zip(column(best, x).tolist(), column(best, "accuracy").tolist())))
+def _staircase(best: pd.DataFrame, x: str, quality: Quality) -> tuple[tuple[float, float], ...]:
+    """The corners of a front's outline: level at each value up to the next cost, then to the better one."""
+    points = list(dict.fromkeys(zip(column(best, x).tolist(), column(best, quality.name).tolist())))
     corners = points[:1]
-    for (_, below), (cost, accuracy) in pairwise(points):
-        corners += [(cost, below), (cost, accuracy)]
+    for (_, worse), (cost, better) in pairwise(points):
+        corners += [(cost, worse), (cost, better)]
     return tuple(corners)
 
 
-def _series(table: pd.DataFrame, study: str, method: str, x: str) -> Series:
-    objectives = (("accuracy", "max"), (x, "min"))
-    ordered: pd.DataFrame = table.sort_values([x, "accuracy"], kind="stable", ignore_index=True)
-    best = front(ordered, objectives)
+def _series(table: pd.DataFrame, study: str, method: str, x: str, quality: Quality) -> Series:
+    ascending = [True, quality.higher_is_better]
+    ordered: pd.DataFrame = table.sort_values([x, quality.name], ascending=ascending, kind="stable", ignore_index=True)
+    best = front(ordered, quality.against(x), quality)
     chosen = set(best.index)
     points = tuple(
         Point(float(cost), float(accuracy), int(trial), str(path), place in chosen)
         for place, (cost, accuracy, trial, path) in enumerate(
-            zip(column(ordered, x), column(ordered, "accuracy"), ordered["trial"], ordered["path"])
+            zip(column(ordered, x), column(ordered, quality.name), ordered["trial"], ordered["path"])
         )
     )
-    spread = repeats(ordered)
-    numbers = [column(spread, name).tolist() for name in (f"{x}_mean", "accuracy_mean", f"{x}_std", "accuracy_std")]
+    spread, name = repeats(ordered, quality), quality.name
+    numbers = [column(spread, each).tolist() for each in (f"{x}_mean", f"{name}_mean", f"{x}_std", f"{name}_std")]
     means = tuple(
         Repeat(cost, accuracy, cost_std, accuracy_std, int(count))
         for cost, accuracy, cost_std, accuracy_std, count in zip(*numbers, spread["count"])
         if count > 1
     )
-    return Series(study, method, points, _staircase(best, x), means)
+    return Series(study, method, points, _staircase(best, x, quality), means)
 
 
-def _dense(tables: Sequence[tuple[str, pd.DataFrame]], x: str) -> tuple[Dense, ...]:
-    """The distinct dense models over all studies, in ascending accuracy."""
+def _dense(tables: Sequence[tuple[str, pd.DataFrame]], x: str, quality: Quality) -> tuple[Dense, ...]:
+    """The distinct dense models over all studies, in ascending quality."""
     studies: dict[tuple[float, float], list[str]] = {}
     for study, table in tables:
         costs = column(table, f"dense_{x}") if f"dense_{x}" in table.columns else np.full(len(table), np.nan)
-        for cost, accuracy in zip(costs.tolist(), column(table, "dense_accuracy").tolist()):
+        for cost, accuracy in zip(costs.tolist(), column(table, quality.dense).tolist()):
             if not math.isnan(accuracy):
                 key = (math.inf if math.isnan(cost) else cost, accuracy)  # NaN is no key: it equals nothing
                 studies.setdefault(key, []).append(study)
@@ -149,18 +154,20 @@ def method_order(method: str) -> tuple[int, str]:
     return (known.index(method) if method in known else len(known), method)
 
 
-def figure_data(tables: pd.DataFrame | Sequence[pd.DataFrame], x: str = "macs") -> FigureData:
+def figure_data(
+    tables: pd.DataFrame | Sequence[pd.DataFrame], x: str = "macs", quality: Quality = ACCURACY
+) -> FigureData:
     """The record of the picture of one or several tables of candidates.
 
-    `x` is "macs", "params" or "latency_ms". Each study and method is a series of its own with its own front, so that
-    baselines can be compared; the knee is that of all methods of a study. Raises ValueError for an unknown `x`, for
-    tables that share a study's name, and where no candidate has both figures.
+    `x` is "macs", "params" or "latency_ms", `quality` what candidates are judged by. Each study and method is a series
+    of its own with its own front, so that baselines can be compared; the knee is that of all methods of a study. Raises
+    ValueError for an unknown `x`, for tables that share a study's name, and where no candidate has both figures.
     """
     if x not in AXES:
         raise ValueError(f"x must be one of {list(AXES)}, but got {x!r}")
     studies: list[tuple[str, pd.DataFrame]] = []
     for table in [tables] if isinstance(tables, pd.DataFrame) else tables:
-        check_table(table)
+        check_table(table, quality)
         column(table, x)  # a missing one is named here
         for study, group in table.groupby("study", sort=False):
             if str(study) in dict(studies):
@@ -170,20 +177,21 @@ def figure_data(tables: pd.DataFrame | Sequence[pd.DataFrame], x: str = "macs") 
     knees = []
     left_out = 0
     for study, table in studies:
-        measured = ~(np.isnan(column(table, x)) | np.isnan(column(table, "accuracy")))
+        measured = ~(np.isnan(column(table, x)) | np.isnan(column(table, quality.name)))
         left_out += int((~measured).sum())
         shown: pd.DataFrame = table[measured]
         if len(shown) == 0:
             continue
         methods = sorted({str(method) for method in shown["method"]}, key=method_order)
-        series += [_series(shown[shown["method"].astype(str) == method], study, method, x) for method in methods]
-        objectives = (("accuracy", "max"), (x, "min"))
-        best = front(shown, objectives)
+        of_method = {method: shown[shown["method"].astype(str) == method] for method in methods}
+        series += [_series(part, study, method, x, quality) for method, part in of_method.items()]
+        objectives = quality.against(x)
+        best = front(shown, objectives, quality)
         row = best.iloc[knee(best, objectives)]
-        knees.append(Knee(study, str(row["method"]), float(row[x]), float(row["accuracy"])))
+        knees.append(Knee(study, str(row["method"]), float(row[x]), float(row[quality.name])))
     if not series:
-        raise ValueError(f"there is nothing to draw: no candidate has both accuracy and {x} (of {left_out})")
-    return FigureData(x, tuple(series), tuple(knees), _dense(studies, x), left_out)
+        raise ValueError(f"there is nothing to draw: no candidate has both {quality.name} and {x} (of {left_out})")
+    return FigureData(x, tuple(series), tuple(knees), _dense(studies, x, quality), left_out, quality)
 
 
 # ---------------------------------------------------------------------------------------------------- the drawing
@@ -223,7 +231,9 @@ def _colours(data: FigureData) -> dict[tuple[str, str], str]:
     return {(study, method): of_name[study if len(studies) > 1 else method] for study, method in keys}
 
 
-def _draw_series(axes: Axes, series: Series, unit: float, colour: str, marker: str, leading: bool) -> None:
+def _draw_series(
+    axes: Axes, series: Series, unit: float, height: float, colour: str, marker: str, leading: bool
+) -> None:
     """Front and candidates of one series. Where a baseline was repeated, its means speak, not its luckiest seeds."""
     size = _SIZES.get(marker, 42)
     only_means = bool(series.repeats) and not leading
@@ -231,7 +241,7 @@ def _draw_series(axes: Axes, series: Series, unit: float, colour: str, marker: s
         points = [p for p in series.points if (p.on_front and not only_means) is strong]
         axes.scatter(
             [p.cost / unit for p in points],
-            [100 * p.accuracy for p in points],
+            [height * p.accuracy for p in points],
             s=size if strong else 0.6 * size,
             marker=marker,
             color=colour,
@@ -243,7 +253,7 @@ def _draw_series(axes: Axes, series: Series, unit: float, colour: str, marker: s
     line = [(r.cost, r.accuracy) for r in series.repeats] if only_means else series.staircase
     axes.plot(
         [cost / unit for cost, _ in line],
-        [100 * accuracy for _, accuracy in line],
+        [height * accuracy for _, accuracy in line],
         color=colour,
         linewidth=1.8 if leading else 1.0,
         linestyle="-" if leading else _DASHES,
@@ -253,9 +263,9 @@ def _draw_series(axes: Axes, series: Series, unit: float, colour: str, marker: s
     if series.repeats:
         axes.errorbar(
             [r.cost / unit for r in series.repeats],
-            [100 * r.accuracy for r in series.repeats],
+            [height * r.accuracy for r in series.repeats],
             xerr=[r.cost_std / unit for r in series.repeats],
-            yerr=[100 * r.accuracy_std for r in series.repeats],
+            yerr=[height * r.accuracy_std for r in series.repeats],
             fmt=marker,
             markersize=6,
             markerfacecolor="white",
@@ -266,24 +276,30 @@ def _draw_series(axes: Axes, series: Series, unit: float, colour: str, marker: s
         )
 
 
-def _frame(axes: Axes, data: FigureData, unit: float) -> int:
-    """Sets the limits to what matters, and returns how many candidates lie below them.
+def _frame(axes: Axes, data: FigureData, unit: float, height: float) -> int:
+    """Sets the limits to what matters, and returns how many candidates lie beyond them.
 
-    One collapsed candidate would press all the rest to the upper edge. So the lower limit follows the fronts, the
-    means and the dense models; candidates far below every front are left out of view, and counted in the note.
+    One collapsed candidate would press all the rest to one edge. So the limit on the side of the worse values follows
+    the fronts, the means and the dense models; candidates far worse than every front are left out of view, and counted
+    in the note.
     """
+    sign = data.quality.sign  # all that follows is of values that are better for being higher
     points = [point for series in data.series for point in series.points]
-    heights = [point.accuracy for point in points if point.on_front]
-    heights += [r.accuracy + side * r.accuracy_std for s in data.series for r in s.repeats for side in (-1, 1)]
-    heights += [dense.accuracy for dense in data.dense]
+    heights = [sign * point.accuracy for point in points if point.on_front]
+    heights += [sign * r.accuracy + side * r.accuracy_std for s in data.series for r in s.repeats for side in (-1, 1)]
+    heights += [sign * dense.accuracy for dense in data.dense]
     low, high = min(heights), max(heights)
-    span = max(high - low, 0.01)
-    floor = max(min(low, max(min(p.accuracy for p in points), low - 0.35 * span)) - 0.07 * span, -0.01)
-    axes.set_ylim(100 * floor, 100 * min(high + 0.09 * span, 1.01))
+    span = max(high - low, 0.01 if data.quality.percent else 0.01 * max(abs(low), abs(high))) or 1.0
+    floor = min(low, max(min(sign * p.accuracy for p in points), low - 0.35 * span)) - 0.07 * span
+    top = high + 0.09 * span
+    limits = sorted((sign * floor, sign * top))
+    if data.quality.percent and all(0 <= point.accuracy <= 1 for point in points):
+        limits = [max(limits[0], -0.01), min(limits[1], 1.01)]
+    axes.set_ylim(*(height * limit for limit in limits))
     costs = [point.cost for point in points] + [d.cost for d in data.dense if not math.isnan(d.cost)]
     width = max(costs) - min(costs) or 0.2 * max(costs)
     axes.set_xlim(max(min(costs) - 0.05 * width, 0) / unit, (max(costs) + 0.05 * width) / unit)
-    return sum(point.accuracy < floor for point in points)
+    return sum(sign * point.accuracy < floor for point in points)
 
 
 def _legend(
@@ -335,29 +351,32 @@ def _figure(data: FigureData) -> Figure:
     figure = Figure(figsize=(8.4, 4.8), dpi=160, layout="constrained")
     axes = figure.add_subplot()
     unit, label = _unit(data)
+    quality, height = data.quality, 100 if data.quality.percent else 1
     colours, markers = _colours(data), _markers(data)
     leading = next(iter(markers))  # gates where there are any: drawn strongest
     studies = {study: colour for (study, _), colour in colours.items()}
     for dense in data.dense:
         colour = studies.get(dense.studies[0], _GREY) if len(dense.studies) == 1 < len(studies) else _GREY
-        axes.axhline(100 * dense.accuracy, color=colour, linestyle="--", linewidth=1.0, alpha=0.7, zorder=1)
+        axes.axhline(height * dense.accuracy, color=colour, linestyle="--", linewidth=1.0, alpha=0.7, zorder=1)
         if not math.isnan(dense.cost):
-            axes.scatter([dense.cost / unit], [100 * dense.accuracy], s=130, marker="*", color=colour, lw=0, zorder=5)
+            axes.scatter(
+                [dense.cost / unit], [height * dense.accuracy], s=130, marker="*", color=colour, lw=0, zorder=5
+            )
     for series in reversed(data.series):  # the leading method is drawn last, on top
         colour = colours[series.study, series.method]
-        _draw_series(axes, series, unit, colour, markers[series.method], series.method == leading)
+        _draw_series(axes, series, unit, height, colour, markers[series.method], series.method == leading)
     for at in data.knees:
-        place = [at.cost / unit], [100 * at.accuracy]
+        place = [at.cost / unit], [height * at.accuracy]
         axes.scatter(*place, s=150, marker="o", facecolors="none", edgecolors="black", lw=1.3, zorder=6)
-    below = _frame(axes, data, unit)
+    beyond = _frame(axes, data, unit, height)
     name = next(iter(studies)) if len(studies) == 1 else f"{len(studies)} studies"
-    axes.set_title(f"{name}: validation accuracy against {_SHORT[data.x]}")
+    axes.set_title(f"{name}: validation {quality.label} against {_SHORT[data.x]}")
     axes.set_xlabel(label)
-    axes.set_ylabel("validation accuracy, %")
+    axes.set_ylabel(f"validation {quality.label}{', %' if quality.percent else ''}")
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    notes = [f"below the view: {below}"] if below else []
+    notes = [f"{'below' if quality.higher_is_better else 'above'} the view: {beyond}"] if beyond else []
     notes += [f"without figures: {data.left_out}"] if data.left_out else []
     if notes:
         note = "candidates " + ", ".join(notes)
@@ -384,11 +403,6 @@ def draw(data: FigureData, path: str | Path) -> Path:
     with rc_context({"svg.hashsalt": "nas-gate", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
         metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         _figure(data).savefig(picture, format=path.suffix[1:], metadata=metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_bytes(picture.getvalue())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(picture.getvalue())
     return path

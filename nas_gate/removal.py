@@ -228,6 +228,14 @@ def renamed(cut: Cut, name: str) -> str | None:
     return name
 
 
+def name_before(cut: Cut, name: str) -> str:
+    """What a module or tensor of the smaller model was called before the cut."""
+    for path in sorted(cut.choices, key=len):  # the outermost first: paths are those before the cut
+        if name == path or name.startswith(f"{path}."):
+            name = f"{path}.candidates.{cut.choices[path]}{name.removeprefix(path)}"
+    return name
+
+
 def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
     """A copy of the model with only the kept slots, and its modules' sizes mended. The model is left alone.
 

@@ -24,6 +24,7 @@ from nas_gate.collect import Collected, run_of
 from nas_gate.export import widths
 from nas_gate.pareto import column, marked, summary
 from nas_gate.plots import AXES, COLOURS, figure_data, method_order
+from nas_gate.quality import Quality
 from nas_gate.removal import cut_model
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -42,20 +43,22 @@ def report_data(collected: Collected, command: Command, factory: str | None = No
     model, which leaves its widths unknown, too.
     Raises ValueError where no candidate has figures.
     """
-    table = collected.table
+    table, quality = collected.table, collected.quality
     axes = [name for name in AXES if name in table.columns and not np.isnan(column(table, name)).all()]
     dense: dict[str, nn.Module] = {}
-    pictures = {name: asdict(figure_data(table, name)) for name in axes}
+    pictures = {name: asdict(figure_data(table, name, quality)) for name in axes}
     found: dict[str, Any] = {
         "version": version("nas-gate"),
+        "quality": {**asdict(quality), "label": quality.label, "percent": quality.percent},
         "axes": {name: AXES[name] for name in axes},
         "colours": COLOURS,
         "latency": collected.latency,
         "varied": [name for name in map(str, table) if name.startswith("param.")],
         "pictures": pictures,
-        "summary": _compared(table),
+        "summary": _compared(table, quality),
         "candidates": [
-            {**_figures(row), **_details(Path(row["path"]), command, factory, dense)} for row in _records(marked(table))
+            {**_figures(row, quality), **_details(Path(row["path"]), command, factory, dense, quality)}
+            for row in _records(marked(table, quality=quality))
         ],
         "skipped": [{"path": str(each.path), "reason": each.reason} for each in collected.skipped],
         "unfinished": len(collected.unfinished),
@@ -78,10 +81,12 @@ def page(data: Plain) -> str:
 # --- the record ---------------------------------------------------------------------------------------------
 
 
-def _compared(table: pd.DataFrame) -> list[dict[str, Any]]:
+def _compared(table: pd.DataFrame, quality: Quality) -> list[dict[str, Any]]:
     """One row per study and method: size, front, hypervolume, knee."""
-    rows = summary(table, by=("study", "method"))
-    rows = rows.assign(best_accuracy=[table[_same(table, row)]["accuracy"].max() for _, row in rows.iterrows()])
+    rows = summary(table, by=("study", "method"), quality=quality)
+    extreme = "max" if quality.higher_is_better else "min"
+    best = [table[_same(table, row)][quality.name].agg(extreme) for _, row in rows.iterrows()]
+    rows = rows.assign(**{f"best_{quality.name}": best})
     return sorted(_records(rows), key=lambda row: (str(row["study"]), method_order(row["method"])))
 
 
@@ -93,15 +98,17 @@ def _same(table: pd.DataFrame, row: Any) -> Any:
     return (table["study"] == row["study"]) & (table["method"] == row["method"])
 
 
-def _figures(row: Plain) -> dict[str, Any]:
+def _figures(row: Plain, quality: Quality) -> dict[str, Any]:
     names = ("study", "trial", "path", "method", "seed", "target", "on_front", "knee", "max_relative_error")
-    figures = ("accuracy", "test_accuracy", "macs", "params", "latency_ms")
+    figures = (quality.name, quality.test, "macs", "params", "latency_ms")
     kept = [*names, *figures, *(f"dense_{name}" for name in figures)]
     varied = {name: value for name, value in row.items() if str(name).startswith("param.")}
     return {**{name: row.get(name) for name in kept}, **varied}
 
 
-def _details(folder: Path, command: Command, factory: str | None, dense: dict[str, nn.Module]) -> dict[str, Any]:
+def _details(
+    folder: Path, command: Command, factory: str | None, dense: dict[str, nn.Module], quality: Quality
+) -> dict[str, Any]:
     settings, history = run_of(folder)
     try:
         again: str | None = command(settings)
@@ -111,7 +118,7 @@ def _details(folder: Path, command: Command, factory: str | None, dense: dict[st
         found, misfit = _widths(folder, factory, dense), None
     except CandidateError as error:
         found, misfit = None, str(error)
-    return {"widths": found, "misfit": misfit, "curves": _curves(history), "command": again}
+    return {"widths": found, "misfit": misfit, "curves": _curves(history, quality), "command": again}
 
 
 def _widths(folder: Path, factory: str | None, dense: dict[str, nn.Module]) -> list[list[Any]] | None:
@@ -130,12 +137,12 @@ def _widths(folder: Path, factory: str | None, dense: dict[str, nn.Module]) -> l
     return [[each.layer, each.kept, each.dense] for each in widths(small, dense[key])]
 
 
-def _curves(history: Plain) -> dict[str, dict[str, list[Any]]]:
-    """Stage -> lists of equal length: epoch (from 1), validation accuracy, and the gates' cost where there is one."""
+def _curves(history: Plain, quality: Quality) -> dict[str, dict[str, list[Any]]]:
+    """Stage -> lists of equal length: epoch (from 1), the quality, and the gates' cost where there is one."""
     return {
         str(stage): {
             "epoch": [epoch["epoch"] + 1 for epoch in epochs],
-            "accuracy": [epoch["accuracy"] for epoch in epochs],
+            quality.name: [epoch[quality.name] for epoch in epochs],
             "cost": [epoch.get("figures", {}).get("cost") for epoch in epochs],
         }
         for stage, epochs in history.items()

@@ -121,7 +121,8 @@ def search(
     `params_ratio` to the dense ones, `achieved` and `target` (in `metric`), `max_relative_error` of the
     removal, `<stage>_accuracy`, `<stage>_macs` and `<stage>_params` of the stages dense, gated (not in baselines),
     landed and finetuned, `seconds_<stage>` of training, and `path`, the candidate's folder. `on_epoch` looks on. In
-    other tasks than classification the metric's name stands for `accuracy` in all of these.
+    other tasks than classification the metric's name stands for `accuracy` in all of these; `task_metric` has its
+    name, direction and format.
     Where latency is a target or a limit also `latency_ms` and `dense_latency_ms` (measured on the finished candidate
     and the dense network in turns), `predicted_latency_ms`, `latency_relative_error` (predicted / measured - 1),
     `latency_machine`, and `<stage>_predicted_latency_ms`.
@@ -202,11 +203,13 @@ def find(trial: Trial, leg: Leg, folder: Path) -> dict[str, Any]:
         if settings.test:
             test = evaluate(removed.model, prepared.test, fabric=fabric, task=prepared.task).accuracy
         taken = time_networks(trial, removed) if settings.timed() and fabric.is_global_zero else None
-        name = prepared.task.metric.name
-        result = named(figures(settings, leg, stages, histories, removed, test, taken, folder / "candidate"), name)
+        metric = prepared.task.metric
+        result = named(
+            figures(settings, leg, metric, stages, histories, removed, test, taken, folder / "candidate"), metric.name
+        )
         if fabric.is_global_zero:
             _save(settings, prepared, removed, result)
-            history = {k: [named(asdict(e), name) for e in v] for k, v in histories.items()}
+            history = {k: [named(asdict(e), metric.name) for e in v] for k, v in histories.items()}
             write_json(folder / "history.json", history)
             write_json(folder / "result.json", result)
         fabric.barrier()

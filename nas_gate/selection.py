@@ -1,9 +1,9 @@
-"""From a table of candidates to the one to deploy, with reasons; by validation accuracy, never by test accuracy."""
+"""From a table of candidates to the one to deploy, with reasons; by validation data, never by test data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -13,15 +13,16 @@ import numpy.typing as npt
 import pandas as pd
 
 from nas_gate.pareto import Objectives, check_table, chord_distance, column, front, knee
+from nas_gate.quality import ACCURACY, Quality
 
 Row = Mapping[str, Any]  # one candidate: column -> plain Python value
 
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
-# What is preferred -> the cost that spans the front with accuracy.
-PREFERENCES = {"knee": "macs", "accuracy": "macs", "macs": "macs", "params": "params", "latency": "latency_ms"}
+COSTS = {"macs": "macs", "params": "params", "latency": "latency_ms"}
+"""What can be preferred besides the knee and the quality -> its column."""
 
-_WORDS = {"accuracy": "validation accuracy", "macs": "MACs", "params": "parameters", "latency_ms": "latency"}
+_WORDS = {"macs": "MACs", "params": "parameters", "latency_ms": "latency"}
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Bound:
     column: str
     limit: float
     lower: bool = False
+    quality: Quality = ACCURACY
 
     def __str__(self) -> str:
-        return f"{_WORDS[self.column]} {'>=' if self.lower else '<='} {show(self.column, self.limit)}"
+        return f"{_word(self.column)} {'>=' if self.lower else '<='} {show(self.column, self.limit, self.quality)}"
 
     def met(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """Which values lie within the bound; one that was not measured (NaN) does not."""
@@ -41,7 +43,7 @@ class Bound:
 
     def violation(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """By which share of the limit the values miss the bound: 0 within it, infinite where not measured."""
-        missed = (self.limit - values if self.lower else values - self.limit) / self.limit
+        missed = (self.limit - values if self.lower else values - self.limit) / (abs(self.limit) or 1)
         return np.asarray(np.where(np.isnan(values), np.inf, np.maximum(missed, 0)))
 
 
@@ -60,6 +62,7 @@ class Choice:
     row: Row
     reasons: tuple[str, ...]
     runners_up: tuple[RunnerUp, ...]
+    quality: Quality = ACCURACY
 
 
 class Infeasible(ValueError):
@@ -96,18 +99,28 @@ def parse_amount(text: str | float) -> int:
     return int(amount)
 
 
-def show(name: str, value: float) -> str:
+def show(name: str, value: float, quality: Quality = ACCURACY) -> str:
     """A figure as people read it: 93.40 %, 60.0 M, 1.25 ms; "not measured" for NaN."""
     if math.isnan(value):
         return "not measured"
-    if name.endswith("accuracy"):
-        return f"{100 * value:.2f} %"
+    if name in (quality.name, quality.test, quality.dense):
+        return quality.show(value)
     if name.endswith("latency_ms"):
         return f"{value:.3g} ms"
     for suffix in ("G", "M", "K"):
         if abs(value) >= SUFFIXES[suffix]:
             return f"{value / SUFFIXES[suffix]:.4g} {suffix}"
     return f"{value:.4g}"
+
+
+def preferences(quality: Quality = ACCURACY) -> dict[str, str]:
+    """What can be preferred -> the column of the cost that spans the front with the quality."""
+    return {"knee": "macs", quality.name: "macs", **COSTS}
+
+
+def _word(name: str) -> str:
+    """A figure's name, for people."""
+    return _WORDS.get(name) or f"validation {name.replace('_', ' ')}"
 
 
 def _row(table: pd.DataFrame, position: int) -> dict[str, Any]:
@@ -118,16 +131,27 @@ def _row(table: pd.DataFrame, position: int) -> dict[str, Any]:
 
 
 def _bounds(
-    max_macs: float | None, min_accuracy: float | None, max_params: float | None, max_latency_ms: float | None
+    quality: Quality,
+    upper: Mapping[str, float | None],
+    min_accuracy: float | None,
+    limit: float | None,
 ) -> list[Bound]:
-    upper = {"macs": max_macs, "params": max_params, "latency_ms": max_latency_ms}
-    for name, limit in upper.items():
-        if limit is not None and not (limit > 0 and math.isfinite(limit)):
-            raise ValueError(f"`max_{name} > 0` must hold, and be finite, but got {limit}")
-    if min_accuracy is not None and not 0 < min_accuracy <= 1:
-        raise ValueError(f"`0 < min_accuracy <= 1` must hold (a share, not per cent), but got {min_accuracy}")
-    bounds = [Bound(name, float(limit)) for name, limit in upper.items() if limit is not None]
-    return bounds if min_accuracy is None else [*bounds, Bound("accuracy", float(min_accuracy), lower=True)]
+    for name, most in upper.items():
+        if most is not None and not (most > 0 and math.isfinite(most)):
+            raise ValueError(f"`max_{name} > 0` must hold, and be finite, but got {most}")
+    if min_accuracy is not None and quality.name != ACCURACY.name:
+        raise ValueError(f"min_accuracy bounds an accuracy, but these candidates are judged by {quality.name}")
+    if min_accuracy is not None and limit is not None:
+        raise ValueError(f"min_accuracy and limit bound the same, but both are given: {min_accuracy=}, {limit=}")
+    wanted = limit if min_accuracy is None else min_accuracy
+    bounds = [Bound(name, float(most)) for name, most in upper.items() if most is not None]
+    if wanted is None:
+        return bounds
+    if quality.name == ACCURACY.name and not 0 < wanted <= 1:
+        raise ValueError(f"`0 < min_accuracy <= 1` must hold (a share, not per cent), but got {wanted}")
+    if not math.isfinite(wanted):
+        raise ValueError(f"the limit of {quality.name} must be finite, but is {wanted}")
+    return [*bounds, Bound(quality.name, float(wanted), quality.higher_is_better, quality)]
 
 
 def _plural(count: int, noun: str = "candidate") -> str:
@@ -138,7 +162,7 @@ def _label(row: Row) -> str:
     return f"{row['path']} (study {row['study']}, trial {row['trial']}, {row['method']})"
 
 
-def _infeasible(table: pd.DataFrame, bounds: list[Bound]) -> Infeasible:
+def _infeasible(table: pd.DataFrame, bounds: list[Bound], quality: Quality) -> Infeasible:
     lines = [f"none of {_plural(len(table))} meets {' and '.join(map(str, bounds))}:"]
     excluded = {}
     for bound in bounds:
@@ -149,74 +173,65 @@ def _infeasible(table: pd.DataFrame, bounds: list[Bound]) -> Infeasible:
             line += f" ({unmeasured} not measured)"
         if unmeasured < len(table):
             extreme = np.nanmax(values) if bound.lower else np.nanmin(values)
-            line += f"; the {'highest' if bound.lower else 'lowest'} is {show(bound.column, float(extreme))}"
+            line += f"; the {'highest' if bound.lower else 'lowest'} is {show(bound.column, float(extreme), quality)}"
         lines.append(line)
     if len(bounds) > 1:
         lines.append(f"  together they exclude all {len(table)}")
     violation = np.sum([b.violation(column(table, b.column)) for b in bounds], axis=0)
     if not np.isfinite(violation).any():
         return Infeasible("\n".join([*lines, "  no candidate has all bounded figures measured"]), excluded, None)
-    accuracy = np.nan_to_num(column(table, "accuracy"))
-    nearest = _row(table, int(np.lexsort([-accuracy, violation])[0]))
-    lines.append(f"  nearest: {_label(nearest)}: {_figures(nearest)}; it misses")
+    goodness = np.nan_to_num(quality.sign * column(table, quality.name), nan=-np.inf)
+    nearest = _row(table, int(np.lexsort([-goodness, violation])[0]))
+    lines.append(f"  nearest: {_label(nearest)}: {_figures(nearest, quality)}; it misses")
     for bound in bounds:
         if missed := float(bound.violation(np.array([nearest[bound.column]], dtype=np.float64))[0]):
             lines.append(f"    {bound} by {100 * missed:.3g} %")
     return Infeasible("\n".join(lines), excluded, nearest)
 
 
-def _figures(row: Row) -> str:
-    names = [name for name in ("accuracy", "macs", "params", "latency_ms") if name in row]
-    return ", ".join(f"{_WORDS[name]} {show(name, float(row[name]))}" for name in names)
+def _figures(row: Row, quality: Quality) -> str:
+    names = [name for name in (quality.name, *_WORDS) if name in row]
+    return ", ".join(f"{_word(name)} {show(name, float(row[name]), quality)}" for name in names)
 
 
-def _difference(row: Row, chosen: Row) -> str:
+def _difference(row: Row, chosen: Row, quality: Quality) -> str:
     """How a candidate's figures differ from the chosen one's, as one line."""
-    points = 100 * (row["accuracy"] - chosen["accuracy"])
-    parts = [f"{points:+.2f} points of validation accuracy"]
-    for name in ("macs", "params", "latency_ms"):
+    change = quality.show_change(row[quality.name] - chosen[quality.name])
+    parts = [f"{change} {'of ' if quality.percent else ''}{_word(quality.name)}"]
+    for name in _WORDS:
         if name in row and not math.isnan(share := row[name] / chosen[name] - 1):
             parts.append(f"{100 * share:+.1f} % {_WORDS[name]} ({show(name, row[name])})")
     parts += [f"{name} {row[name]}, not {chosen[name]}" for name in ("study", "method") if row[name] != chosen[name]]
     return ", ".join(parts)
 
 
-def _by_knee(best: pd.DataFrame, objectives: Objectives) -> npt.NDArray[np.intp]:
+def _order(prefer: str, best: pd.DataFrame, objectives: Objectives, quality: Quality) -> npt.NDArray[np.intp]:
+    """The positions of a front's candidates, the preferred one first."""
+    goodness = quality.sign * column(best, quality.name)
+    if prefer == quality.name:
+        return np.argsort(-goodness, kind="stable")
+    if prefer in COSTS:
+        return np.argsort(column(best, COSTS[prefer]), kind="stable")
     at_knee = knee(best, objectives)
-    order = np.lexsort([-column(best, "accuracy"), -chord_distance(best, objectives)])
+    order = np.lexsort([-goodness, -chord_distance(best, objectives)])
     return np.concatenate([[at_knee], order[order != at_knee]])
 
 
-def _by_accuracy(best: pd.DataFrame, objectives: Objectives) -> npt.NDArray[np.intp]:
-    return np.argsort(-column(best, "accuracy"), kind="stable")
-
-
-def _by_cost(best: pd.DataFrame, objectives: Objectives) -> npt.NDArray[np.intp]:
-    return np.argsort(column(best, objectives[1][0]), kind="stable")
-
-
-_ORDERS: dict[str, Callable[[pd.DataFrame, Objectives], npt.NDArray[np.intp]]] = {
-    "knee": _by_knee,
-    "accuracy": _by_accuracy,
-    "macs": _by_cost,
-    "params": _by_cost,
-    "latency": _by_cost,
-}
-
-
-def _why(prefer: str, best: pd.DataFrame, objectives: Objectives, position: int) -> str:
+def _why(prefer: str, best: pd.DataFrame, objectives: Objectives, position: int, quality: Quality) -> str:
     """The sentence that says why this candidate of the front is preferred."""
     if len(best) == 1:
         return "It is the only candidate on that front."
     cost = objectives[1][0]
-    if prefer == "accuracy":
-        return f"It has the highest validation accuracy, {show('accuracy', best['accuracy'].iloc[position])}."
-    if prefer != "knee":
+    if prefer == quality.name:
+        extreme = "highest" if quality.higher_is_better else "lowest"
+        return f"It has the {extreme} {_word(prefer)}, {quality.show(best[prefer].iloc[position])}."
+    if prefer in COSTS:
         least = "lowest" if cost == "latency_ms" else "fewest"
         return f"It has the {least} {_WORDS[cost]}, {show(cost, best[cost].iloc[position])}."
     distance = float(chord_distance(best, objectives)[position])
     if distance <= 1e-9:
-        return "That front has no knee (no candidate lies above the line between its ends): the most accurate is taken."
+        best_one = "most accurate" if quality.name == ACCURACY.name else f"best in {quality.label}"
+        return f"That front has no knee (no candidate lies above the line between its ends): the {best_one} is taken."
     return (
         f"It is the knee of that front: farthest above the line between the front's ends "
         f"({distance:.2f}, where 0 is on the line and 0.71 the ideal corner)."
@@ -230,45 +245,52 @@ def select(
     min_accuracy: float | None = None,
     max_params: float | None = None,
     max_latency_ms: float | None = None,
+    limit: float | None = None,
     prefer: str = "knee",
     runners_up: int = 3,
+    quality: Quality = ACCURACY,
 ) -> Choice:
     """The candidate to deploy: the preferred one on the front of those that meet all bounds.
 
     Args:
         table: candidates of one or several studies, as `nas_gate.pareto.check_table` wants them.
         max_macs: most multiply-accumulates.
-        min_accuracy: least validation accuracy, a share in (0, 1].
+        min_accuracy: least validation accuracy, a share in (0, 1], where candidates are judged by accuracy.
         max_params: most parameters.
         max_latency_ms: highest latency in milliseconds; needs the column `latency_ms`.
-        prefer: "knee" (of accuracy against MACs), "accuracy", or the lowest "macs", "params" or "latency".
+        limit: the worst value of the quality: the least, or the most where less is better.
+        prefer: "knee" (of the quality against MACs), the quality's name ("accuracy"), or the lowest "macs", "params"
+            or "latency".
         runners_up: how many of the front's next candidates in the order of preference to report.
+        quality: what the candidates are judged by, a column of the table.
 
-    The front is that of validation accuracy against MACs (parameters or latency where these are preferred). Test
-    accuracy is looked at nowhere. Raises `Infeasible` where no candidate meets the bounds, ValueError for an empty
-    table, an impossible bound, an unknown preference or a missing column.
+    The front is that of the quality on validation data against MACs (parameters or latency where these are
+    preferred). Test data are looked at nowhere. Raises `Infeasible` where no candidate meets the bounds, ValueError for
+    an empty table, an impossible bound, an unknown preference or a missing column.
     """
-    check_table(table)
-    if prefer not in PREFERENCES:
-        raise ValueError(f"prefer must be one of {list(PREFERENCES)}, but got {prefer!r}")
+    check_table(table, quality)
+    costs = preferences(quality)
+    if prefer not in costs:
+        raise ValueError(f"prefer must be one of {list(costs)}, but got {prefer!r}")
     if runners_up < 0:
         raise ValueError(f"`runners_up >= 0` must hold, but got {runners_up=}")
     if len(table) == 0:
         raise ValueError("there is nothing to select from: the table has no candidates")
-    bounds = _bounds(max_macs, min_accuracy, max_params, max_latency_ms)
-    cost = PREFERENCES[prefer]
+    upper = {"macs": max_macs, "params": max_params, "latency_ms": max_latency_ms}
+    bounds = _bounds(quality, upper, min_accuracy, limit)
+    cost = costs[prefer]
     for name in [bound.column for bound in bounds] + [cost]:
         column(table, name)  # a missing one is named here
 
     met = np.logical_and.reduce([b.met(column(table, b.column)) for b in bounds] + [np.ones(len(table), dtype=bool)])
     if not met.any():
-        raise _infeasible(table, bounds)
+        raise _infeasible(table, bounds, quality)
     feasible: pd.DataFrame = table[met]
-    objectives = (("accuracy", "max"), (cost, "min"))
-    best = front(feasible, objectives)
+    objectives = quality.against(cost)
+    best = front(feasible, objectives, quality)
     if len(best) == 0:
-        raise ValueError(f"none of {_plural(len(feasible))} has both accuracy and {cost} measured")
-    order = _ORDERS[prefer](best, objectives)
+        raise ValueError(f"none of {_plural(len(feasible))} has both {quality.name} and {cost} measured")
+    order = _order(prefer, best, objectives, quality)
     chosen = _row(best, int(order[0]))
     if bounds:
         share = f"{len(feasible)} of {_plural(len(table))} meet{'s' if len(feasible) == 1 else ''}"
@@ -277,33 +299,32 @@ def select(
         feasibility = f"No bounds were given: {_plural(len(table))} considered."
     reasons = (
         feasibility,
-        f"{len(best)} of these {'is' if len(best) == 1 else 'are'} on the front of validation accuracy against "
+        f"{len(best)} of these {'is' if len(best) == 1 else 'are'} on the front of {_word(quality.name)} against "
         f"{_WORDS[cost]}: no other one is better in one and at least equal in the other.",
-        _why(prefer, best, objectives, int(order[0])),
+        _why(prefer, best, objectives, int(order[0]), quality),
     )
     others = [_row(best, int(position)) for position in order[1 : 1 + runners_up]]
-    return Choice(chosen, reasons, tuple(RunnerUp(row, _difference(row, chosen)) for row in others))
+    runners = tuple(RunnerUp(row, _difference(row, chosen, quality)) for row in others)
+    return Choice(chosen, reasons, runners, quality)
 
 
 def describe(choice: Choice) -> str:
     """The choice as text: the candidate, its figures beside the dense model's, the reasons and the runners-up."""
-    row = choice.row
+    row, quality = choice.row, choice.quality
     lines = [_label(row), ""]
-    for name in ("accuracy", "macs", "params", "latency_ms"):
+    for name in (quality.name, *_WORDS):
         if name not in row:
             continue
-        line = f"  {_WORDS[name]:<20}{show(name, row[name]):>13}"
+        line = f"  {_word(name):<20}{show(name, row[name], quality):>13}"
         if not math.isnan(dense := float(row.get(f"dense_{name}", math.nan))):
-            line += f"   dense {show(name, dense)}"
-            if name == "accuracy":
-                line += f" ({100 * (row[name] - dense):+.2f} points)"
+            line += f"   dense {show(f'dense_{name}', dense, quality)}"
+            if name == quality.name:
+                line += f" ({quality.show_change(row[name] - dense)})"
             else:
                 line += f" ({100 * row[name] / dense:.1f} % of it)"
         lines.append(line)
-    if not math.isnan(row["test_accuracy"]):
-        lines.append(
-            f"  {'test accuracy':<20}{show('test_accuracy', row['test_accuracy']):>13}   not used in the choice"
-        )
+    if not math.isnan(tested := row[quality.test]):
+        lines.append(f"  {f'test {quality.label}':<20}{quality.show(tested):>13}   not used in the choice")
     lines += ["", "Why:", *(f"  - {reason}" for reason in choice.reasons)]
     if choice.runners_up:
         lines += ["", "Runners-up:"]

@@ -11,16 +11,21 @@ import pandas as pd
 from nas_gate.collect import Collected
 from nas_gate.pareto import marked, repeats, summary
 from nas_gate.plots import method_order
+from nas_gate.quality import Quality
 from nas_gate.selection import show
 
-TITLES = {"accuracy": "accuracy", "test_accuracy": "test", "macs": "MACs", "params": "params", "latency_ms": "latency"}
+TITLES = {"macs": "MACs", "params": "params", "latency_ms": "latency"}
 
 
-def described(collected: Collected, cost: str, reference: tuple[float, float]) -> str:
-    """All that `nas-gate pareto` prints; the hypervolume is that beyond `reference` = (accuracy, share of the cost)."""
-    table = marked(collected.table, cost)
-    parts = [_candidates(table, cost), _fronts(table, cost, reference)]
-    if spread := _repeats(table, cost):
+def described(collected: Collected, cost: str, reference: tuple[float, float] | None = None) -> str:
+    """All that `nas-gate pareto` prints; the hypervolume is that beyond `reference` = (quality, share of the cost).
+
+    None stands for the quality's own reference, if it has one.
+    """
+    quality = collected.quality
+    table = marked(collected.table, cost, quality)
+    parts = [_candidates(table, cost, quality), _fronts(table, cost, reference or quality.reference, quality)]
+    if spread := _repeats(table, cost, quality):
         parts.append(spread)
     if collected.latency is not None:
         parts.append(f"latency: {collected.latency}")
@@ -37,18 +42,19 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     )  # fmt: skip
 
 
-def _candidates(table: pd.DataFrame, cost: str) -> str:
+def _candidates(table: pd.DataFrame, cost: str, quality: Quality) -> str:
     several = table["study"].nunique() > 1
     varied = [name for name in map(str, table) if name.startswith("param.")]
-    figures = [name for name in TITLES if name in table.columns and not table[name].isna().all()]
+    titles = {quality.name: quality.label, quality.test: "test", **TITLES}
+    figures = [name for name in titles if name in table.columns and not table[name].isna().all()]
     dense_cost = f"dense_{cost}"
-    header = ["", "candidate", "method", "target", "seed", *(TITLES[name] for name in figures)]
+    header = ["", "candidate", "method", "target", "seed", *(titles[name] for name in figures)]
     rows = [[*header, f"of dense {TITLES[cost]}", *(name.removeprefix("param.") for name in varied)]]
     for study, group in table.groupby("study", sort=False):
         # one per seed: their mean
         of_seed = group.drop_duplicates("seed")
         dense = [of_seed[f"dense_{name}"].mean() if f"dense_{name}" in of_seed else math.nan for name in figures]
-        shown = ["" if math.isnan(value) else show(name, float(value)) for name, value in zip(figures, dense)]
+        shown = ["" if math.isnan(value) else show(name, float(value), quality) for name, value in zip(figures, dense)]
         rows.append(["dense", str(study) if several else "", "", "", "", *shown, "100.0 %", *("" for _ in varied)])
     for row in table.to_dict("records"):
         share = row[cost] / row[dense_cost]
@@ -57,7 +63,7 @@ def _candidates(table: pd.DataFrame, cost: str) -> str:
                 _mark(row, several),
                 str(row["path"]).removesuffix("/candidate"),
                 *(str(row[name]) for name in ("method", "target", "seed")),
-                *(show(name, float(row[name])) if pd.notna(row[name]) else "" for name in figures),
+                *(show(name, float(row[name]), quality) if pd.notna(row[name]) else "" for name in figures),
                 "" if math.isnan(share) else f"{100 * share:.1f} %",
                 *("" if pd.isna(row[name]) else str(row[name]) for name in varied),
             ]
@@ -65,7 +71,7 @@ def _candidates(table: pd.DataFrame, cost: str) -> str:
     note = "*  on the front of its study"
     if several:
         note += "   **  and of all studies together"
-    return aligned(rows, left=3) + f"\n\n{note}   accuracy: validation, last epoch; no choice looks at test"
+    return aligned(rows, left=3) + f"\n\n{note}   {quality.label}: validation, last epoch; no choice looks at test"
 
 
 def _mark(row: Mapping[Hashable, Any], several: bool) -> str:
@@ -73,41 +79,45 @@ def _mark(row: Mapping[Hashable, Any], several: bool) -> str:
     return f"{stars} knee" if row["knee"] else stars
 
 
-def _fronts(table: pd.DataFrame, cost: str, reference: tuple[float, float]) -> str:
+def _fronts(table: pd.DataFrame, cost: str, reference: tuple[float, float] | None, quality: Quality) -> str:
     rows = [["study", "method", "candidates", "on front", "hypervolume", "knee"]]
     for study, group in table.groupby("study", sort=False):
         for by in (["study"], ["study", "method"])[: 1 + (group["method"].nunique() > 1)]:
-            of_methods = summary(group, reference, by, cost).to_dict("records")
+            of_methods = summary(group, reference, by, cost, quality).to_dict("records")
             for row in sorted(of_methods, key=lambda row: method_order(str(row.get("method")))):
-                figures = [f"{row['candidates']}", f"{row['on_front']}", f"{row['hypervolume']:.4f}"]
-                at = [show(name, float(row.get(f"knee_{name}", math.nan))) for name in ("accuracy", cost)]
+                volume = "" if math.isnan(row["hypervolume"]) else f"{row['hypervolume']:.4f}"
+                figures = [f"{row['candidates']}", f"{row['on_front']}", volume]
+                at = [show(name, float(row.get(f"knee_{name}", math.nan)), quality) for name in (quality.name, cost)]
                 method = row.get("method", "all" if group["method"].nunique() > 1 else group["method"].iloc[0])
                 rows.append([str(study), str(method), *figures, " at ".join(at)])
     name = TITLES[cost]
-    note = (
-        f"hypervolume: of accuracy against the share of the dense {name}, beyond the reference point (accuracy "
-        f"{reference[0]:g}, share {reference[1]:g}).\n"
-        "More is better. It compares under one reference and one dense model."
-    )
+    if reference is None:
+        note = f"hypervolume: none, for {quality.label} has no worst value; give a reference point."
+    else:
+        note = (
+            f"hypervolume: of {quality.label} against the share of the dense {name}, beyond the reference point "
+            f"({quality.label} {reference[0]:g}, share {reference[1]:g}).\n"
+            "More is better. It compares under one reference and one dense model."
+        )
     return aligned(rows, left=2) + f"\n\n{note}"
 
 
-def _repeats(table: pd.DataFrame, cost: str) -> str:
+def _repeats(table: pd.DataFrame, cost: str, quality: Quality) -> str:
     """The means over seeds, or nothing where no setting was repeated."""
-    spread = repeats(table)
+    spread = repeats(table, quality)
     spread = spread[spread["count"] > 1]
     if len(spread) == 0:
         return ""
     varied = [str(name) for name in spread.columns if str(name).startswith("param.")]
     header = ["study", "method", "target", *(name.removeprefix("param.") for name in varied), "seeds"]
-    rows = [[*header, "accuracy, mean ± std", f"{TITLES[cost]}, mean ± std"]]
+    rows = [[*header, f"{quality.label}, mean ± std", f"{TITLES[cost]}, mean ± std"]]
     for row in spread.to_dict("records"):
-        points = f"± {100 * row['accuracy_std']:.2f}"
+        values = f"{quality.show(row[f'{quality.name}_mean'])} ± {quality.show_size(row[f'{quality.name}_std'])}"
         costs = f"{show(cost, row[f'{cost}_mean'])} ± {show(cost, row[f'{cost}_std'])}"
         rows.append(
             [
                 *(str(row[str(name)]) for name in ("study", "method", "target", *varied, "count")),
-                f"{show('accuracy', row['accuracy_mean'])} {points}",
+                values,
                 costs,
             ]
         )

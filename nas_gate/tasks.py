@@ -18,7 +18,10 @@ from torch import Tensor
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(outputs (N, ...), inputs (N, ...), targets (N, ...)) -> scalar loss, a mean over the N examples."""
 
-TAKEN = ("loss", "epoch", "seconds", "figures", "macs", "params", "method", "metric", "target", "achieved", "path")
+TAKEN = (
+    *("loss", "epoch", "seconds", "figures", "macs", "params", "method", "metric", "target", "achieved", "path"),
+    *("task_metric", "latency_ms", "study", "trial", "seed", "knee"),
+)
 """Names that other figures of an epoch or a candidate have."""
 
 VOID = 255
@@ -46,6 +49,10 @@ class Metric:
     def __post_init__(self) -> None:
         if self.name in TAKEN or not self.name.isidentifier():
             raise ValueError(f"A metric's name must be an identifier and none of {TAKEN}, but is {self.name!r}.")
+        try:
+            format(1.0, self.shown)
+        except ValueError as error:
+            raise ValueError(f"`shown` must be a format of floats, as .2%, but is {self.shown!r}: {error}") from error
 
     @property
     def label(self) -> str:

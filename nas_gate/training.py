@@ -9,14 +9,12 @@ rank) alone, so that a run killed at any moment continues to bit-for-bit the sam
 from __future__ import annotations
 
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from nas_gate.errors import Diverged
+from nas_gate.files import replacing
 from nas_gate.tasks import CLASSIFICATION, Metric, Objective, Task
 
 Schedule = Callable[[float], float]
@@ -276,32 +275,6 @@ def output_of(returned: Any) -> Tensor:
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes `path`'s place when the block ends: whole and on disk, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except RuntimeError as error:
-        # torch.save hides a full disk behind an error of its own about the archive that it could not end
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:

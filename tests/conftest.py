@@ -49,6 +49,30 @@ def trial(
     return folder
 
 
+def as_errors(study: Path, folder: Path) -> Path:
+    """A copy of a study that is judged by an error, 1 - accuracy: so with the same order of candidates."""
+
+    def mirrored(plain: Any) -> Any:
+        if isinstance(plain, list):
+            return [mirrored(each) for each in plain]
+        if not isinstance(plain, dict):
+            return plain
+        found = {}
+        for key, value in plain.items():
+            error = "accuracy" in key and value is not None
+            found[key.replace("accuracy", "rmse")] = round(1 - value, 9) if error else mirrored(value)
+        return found
+
+    shutil.copytree(study, folder)
+    for name in ("result.json", "history.json"):
+        for file in folder.glob(f"*/{name}"):
+            content = mirrored(json.loads(file.read_text()))
+            if name == "result.json":
+                content["task_metric"] = {"name": "rmse", "higher_is_better": False, "shown": ".4f"}
+            file.write_text(json.dumps(content))
+    return folder
+
+
 @pytest.fixture
 def studies(searched: dict[float, Path], tmp_path: Path) -> Path:
     """A folder with the studies alpha (one front, a damaged trial, an unfinished one) and beta (seeds, a baseline)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nas_gate
-from nas_gate import Choice, baselines, candidate, cli, landing, models
+from nas_gate import Choice, baselines, candidate, cli, landing, measuring, models
 from nas_gate.cli import composed, settings_of
 
 PLACES = 16  # images of 4x4
@@ -304,11 +304,13 @@ def test_the_supernet_is_resnet20_where_all_layers_choose_the_first() -> None:
 
 def test_the_supernet_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measuring, "MILLISECONDS", 0.0)  # of each operation at each of its sizes
     options = ["experiment=debug", "model=cifar_supernet", "model.arguments.layers=1", "model.arguments.width=0.5"]
     options += [f"training.{stage}.epochs=1" for stage in ("dense", "gating")]
-    assert cli.main(["search", *options, "depth=true", "run=s"]) == 0
+    assert cli.main(["search", *options, "depth=true", "limits.latency_ms=1000", "run=s"]) == 0
     result = json.loads((tmp_path / "runs" / "s" / "result.json").read_text())
     assert result["achieved"] <= 0.5
+    assert 0 < result["predicted_latency_ms"] <= 1000
     loaded = nas_gate.load(tmp_path / "runs" / "s" / "candidate")
     assert not any(isinstance(m, Choice) for m in loaded.modules())
     assert nas_gate.count_macs(loaded, (torch.randn(1, 1, 8, 8),)) == result["macs"]

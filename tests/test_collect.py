@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import set_json, trial
+from conftest import as_errors, set_json, trial
 
 from nas_gate.collect import collect, run_of
 from nas_gate.pareto import check_table
+from nas_gate.quality import ACCURACY, Quality
 
 
 def test_every_figure_in_its_place(studies: Path):
@@ -121,6 +122,25 @@ def test_a_damaged_candidate_is_skipped_and_the_others_stay(studies: Path, make:
     assert collected.table["trial"].tolist() == [0, 2, 3]
     assert [each.path.name for each in collected.skipped] == ["1", "5"]
     assert reason in collected.skipped[0].reason
+
+
+def test_other_metrics_stand_under_their_own_name(studies: Path):
+    gamma = as_errors(studies / "alpha", studies / "gamma")
+    collected = collect([gamma])
+    assert collected.quality == Quality("rmse", False, ".4f")
+    check_table(collected.table, collected.quality)
+    assert collected.table["rmse"].tolist() == pytest.approx([0.06, 0.07, 0.08, 0.20])
+    assert set(collected.table["dense_rmse"]) == {0.05}
+    assert not any("accuracy" in name for name in collected.table)
+    assert collect([studies / "alpha"]).quality == ACCURACY
+    with pytest.raises(
+        ValueError, match=r"by one metric only, but .* rmse \(study gamma\) and accuracy \(study alpha\)"
+    ):
+        collect([gamma, studies / "alpha"])
+    set_json(gamma / "1" / "result.json", task_metric={"name": "rmse"})
+    skipped = collect([gamma]).skipped
+    assert [each.path.name for each in skipped] == ["1", "5"]
+    assert "task_metric must have a name, higher_is_better and shown" in skipped[0].reason
 
 
 def test_what_is_no_study_is_refused(studies: Path, tmp_path: Path):

@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import as_errors
 
 import nas_gate
 from nas_gate import cli, latency
@@ -116,6 +119,100 @@ def test_nothing_feasible_says_what_excludes_what(capsys: pytest.CaptureFixture[
     assert "nearest: alpha/3/candidate" in shown.err
 
 
+# --- other tasks --------------------------------------------------------------------------------------------
+
+
+def test_a_study_judged_by_an_error_looks_like_the_accuracies_that_it_mirrors(
+    studies: Path, capsys: pytest.CaptureFixture[str]
+):
+    as_errors(studies / "alpha", studies / "gamma")
+    assert cli.main(["pareto", "gamma", "--csv", "gamma.csv", "--plot", "gamma.svg"]) == 0
+    shown = capsys.readouterr().out
+    table = rows(shown)
+    assert list(table) == ["dense", "gamma/3", "gamma/1", "gamma/2", "gamma/0"]
+    assert table["gamma/1"].startswith("* knee gamma/1 gates 0.4 0 0.0700")
+    assert table["gamma/2"].startswith("gamma/2")
+    assert "0.0500 1 M 100 K 100.0 %" in table["dense"]
+    assert "gamma gates 4 3 0.0700 at 400 K" in " ".join(shown.split())
+    assert "hypervolume: none, for rmse has no worst value" in shown
+    assert "rmse: validation, last epoch" in shown
+    assert "accuracy" not in shown
+    assert pd.read_csv("gamma.csv").set_index("trial")["rmse"][1] == 0.07
+    assert "<!-- validation rmse -->" in Path("gamma.svg").read_text()
+
+    assert cli.main(["pareto", "gamma", "--reference", "1,1"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "gamma gates 4 3 0.7210 0.0700 at 400 K" in shown  # that of alpha
+    assert "reference point (rmse 1, share 1)" in shown
+
+    assert cli.main(["select", "gamma", "--max", "rmse=0.075", "--prefer", "macs"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("gamma/1/candidate")
+    assert "2 of 4 candidates meet validation rmse <= 0.0750." in shown
+    assert "accuracy" not in shown
+    assert cli.main(["select", "gamma", "--prefer", "rmse", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["candidate"]["path"] == "gamma/0/candidate"
+    for arguments, message in (
+        (["select", "gamma", "--min-accuracy", "0.9"], "min_accuracy bounds an accuracy, but these candidates"),
+        (["select", "gamma", "--min", "rmse=0.1"], "--min rmse: less of it is better; bound it by --max rmse=..."),
+        (["pareto", "gamma", "alpha"], "candidates compare by one metric only"),
+    ):
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["segmentation", "regression"])
+def test_a_study_of_another_task_from_search_to_selection(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    rng = np.random.default_rng(0)
+    parts = {}
+    for part, count in (("train", 60), ("test", 10)):
+        x = rng.normal(size=(count, 1, 8, 8)).astype(np.float32)
+        wanted = {"segmentation": (x[:, 0] > 0).astype(np.int64), "regression": x.mean((2, 3)).astype(np.float64)}
+        parts |= {f"x_{part}": x, f"y_{part}": wanted[task]}
+    np.savez(tmp_path / "data.npz", **parts)
+    (tmp_path / "own_networks.py").write_text(
+        "from torch import nn\n"
+        "def segmentation(num_classes=2): return nn.Sequential(\n"
+        "    nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, num_classes, 1))\n"
+        "def regression(): return nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 1))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    name, way = {"segmentation": ("mean_iou", "maximize"), "regression": ("rmse", "minimize")}[task]
+    overrides = ["experiment=debug", f"task={task}", "data=npz", f"data.path='{tmp_path}/data.npz'"]
+    overrides += ["model=custom", f"model.name=own_networks:{task}", "target=choice(0.4,0.7)"]
+    sweep = ["hydra.sweeper.study=tiny", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_workers=0"]
+    sweep += ["data.batch_size=16", "hydra.sweeper.max_retries=0", "hydra.sweeper.max_failures=0"]
+    sweep += ["~hydra.sweeper.objectives.accuracy", f"+hydra.sweeper.objectives.{name}={way}"]
+    sweep += ["hydra.sweeper.enqueue=[{target: 0.4}, {target: 0.7}]"]
+    assert cli.main(["search", "--multirun", *overrides, *sweep]) == 0
+    assert name in capsys.readouterr().out
+
+    collected = collect([Path("runs/studies/tiny")])
+    assert (collected.quality.name, collected.quality.higher_is_better) == (name, way == "maximize")
+    values, costs = (collected.table[column].tolist() for column in (name, "macs"))
+    assert len(values) == 2
+    sign = 1 if way == "maximize" else -1
+    best = [
+        not any((sign * b >= sign * a and d <= c) and (sign * b > sign * a or d < c) for b, d in zip(values, costs))
+        for a, c in zip(values, costs)
+    ]
+    assert cli.main(["pareto", "runs/studies/tiny", "--csv", "tiny.csv"]) == 0
+    shown = capsys.readouterr().out
+    assert name.replace("_", " ") in shown
+    assert "accuracy" not in shown
+    assert pd.read_csv("tiny.csv").sort_values("trial")["on_front"].tolist() == best
+    extreme = max(values) if way == "maximize" else min(values)
+    limit = f"{name}={extreme - sign * 1e-6}"
+    assert cli.main(["select", "runs/studies/tiny", "--min" if sign == 1 else "--max", limit, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["candidate"][name] == extreme
+    factory = ["--factory", f"own_networks:{task}"]
+    assert cli.main(["report", "runs/studies/tiny", "-o", "tiny.html", *factory]) == 0
+    assert f'"name":"{name}"' in Path("tiny.html").read_text()
+
+
 # --- export, and the latencies that it leaves ---------------------------------------------------------------
 
 
@@ -171,7 +268,12 @@ def test_export_of_a_model_of_ones_own(capsys: pytest.CaptureFixture[str], monke
         (["pareto", "alpha", "--x", "latency"], "measure it with nas-gate export"),
         (["select", "alpha", "--prefer", "latency"], "measure it with nas-gate export"),
         (["select", "alpha", "--max-latency-ms", "2"], "measure it with nas-gate export"),
+        (["pareto", "alpha", "--reference", "93,1"], "must be an accuracy in [0, 1), but is 93"),
         (["select", "alpha", "--min-accuracy", "93"], "`0 < min_accuracy <= 1` must hold"),
+        (["select", "alpha", "--min", "accuracy=93"], "`0 < min_accuracy <= 1` must hold"),
+        (["select", "alpha", "--min", "mean_iou=0.5"], "--min mean_iou: these candidates are judged by accuracy"),
+        (["select", "alpha", "--max", "accuracy=0.5"], "more of it is better; bound it by --min accuracy=..."),
+        (["select", "alpha", "--prefer", "rmse"], "prefer must be one of ['knee', 'accuracy', 'macs', 'params'"),
         (["pareto", "alpha", "--plot", "a.pdf"], "must end in .png or .svg"),
         (["report", "alpha", "-o", "alpha"], "Is a directory"),
         (["export", "gamma"], "a study must be a folder, but gamma is not there"),
@@ -196,7 +298,8 @@ def test_a_mistake_is_one_message(arguments: list[str], message: str, capsys: py
     [
         (["pareto"], "the following arguments are required: STUDY"),
         (["pareto", "alpha", "--x", "watts"], "invalid choice: 'watts'"),
-        (["pareto", "alpha", "--reference", "93,1"], "must be an accuracy in [0, 1)"),
+        (["pareto", "alpha", "--reference", "0.9"], "must be an accuracy and a positive share"),
+        (["select", "alpha", "--min", "0.9"], "must be a metric and a number, as in mean_iou=0.6, but is '0.9'"),
         (["select", "alpha", "--max-macs", "60MB"], "an amount must be a positive whole number"),
         (["export", "alpha/1", "--batch-sizes", "0"], "must be whole numbers of at least 1, as in 1,128, but is '0'"),
     ],

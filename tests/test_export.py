@@ -457,6 +457,15 @@ def test_what_is_not_recorded_is_left_out(recorded: Exported):
     assert "## Files" in text
 
 
+def test_the_card_of_another_task(recorded: Exported):
+    quality = {"name": "mean_error", "higher_is_better": False, "shown": ".3f"}
+    figures = {"task_metric": quality, "mean_error": 0.25, "dense_mean_error": 0.2, "test_mean_error": 0.3}
+    lines = card(replace(recorded, figures=figures)).splitlines()
+    assert "| validation mean error | 0.250 | 0.200 | +0.050 |" in lines
+    assert "| test mean error | 0.300 |  |  |" in lines
+    assert not any("accuracy" in line for line in lines)
+
+
 @needs_onnx
 def test_the_code_on_the_card_runs(both: Exported, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(both.output)

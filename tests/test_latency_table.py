@@ -164,6 +164,69 @@ def test_more_units_are_never_faster(values: np.ndarray, data: st.DataObject) ->
     assert ms(model, x, y + 1) >= here - 1e-9
 
 
+# --- choices ------------------------------------------------------------------------------------------------
+
+# a stem of width w, then one of: nothing, one operation, or one and a choice between one and none
+CHOICES = LatencyTable(
+    identity={},
+    groups={"w": 4, "c:0": 1, "c:1": 1, "c:2": 1, "c.2:0": 1, "c.2:1": 1},
+    operations=(
+        Operation("stem", (Axis(0, ((0, 1),)),)),
+        Operation("small", (Axis(0, ((0, 1),)),), needs=(2,)),
+        Operation("large", (), needs=(3,)),
+        Operation("more", (), needs=(3, 4)),
+    ),
+    grids={
+        "stem": Grid(((1, 4),), (1.0, 4.0)),
+        "small": Grid(((1, 4),), (2.0, 8.0)),
+        "large": Grid((), (16.0,)),
+        "more": Grid((), (32.0,)),
+    },
+    dense_ms=4.0,
+    thinnest_ms=1.0,
+    absent=(2, 3, 5),
+)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ((4, 1, 0, 0, 1, 0), 4.0),
+        ((4, 0, 1, 0, 1, 0), 4.0 + 8.0),
+        ((2, 0, 1, 0, 0, 1), 2.0 + 4.0),
+        ((2, 0, 0, 1, 1, 0), 2.0 + 16.0 + 32.0),
+        ((1, 0, 0, 1, 0, 1), 1.0 + 16.0),
+    ],
+)
+def test_operations_of_the_chosen_candidate_add_up(counts: tuple[int, ...], expected: float) -> None:
+    model = LatencyModel(CHOICES)
+    assert (model.scale, model.overhead) == (1, 0)
+    assert ms(model, *counts) == expected
+
+
+def test_every_candidate_pulls_at_its_gate_by_its_latency() -> None:
+    counts = torch.tensor([2.0, 1, 0, 0, 1, 0], dtype=torch.float64, requires_grad=True)
+    LatencyModel(CHOICES)(counts).backward()
+    assert counts.grad is not None
+    assert counts.grad.tolist() == [1.0, 0.0, 2.0 + 2.0, 16.0 + 32.0, 0.0, 0.0]
+
+
+def test_whole_networks_with_first_candidates_calibrate_choices() -> None:
+    """9 - 3 = 2 * (4 - 1), so the stem's 4 alone leave 1 around it; the other operations have as much around them."""
+    model = LatencyModel(replace(CHOICES, dense_ms=9.0, thinnest_ms=3.0))
+    assert (model.scale, model.overhead) == (2, 1)
+    assert ms(model, 4, 0, 0, 1, 1, 0) == 9.0 + 2 * 16.0 + 1 + 2 * 32.0 + 1
+
+
+def test_without_widths_the_dense_network_alone_calibrates() -> None:
+    table = LatencyTable(
+        {}, {"c:0": 1, "c:1": 1}, (Operation("a", (), (0,)), Operation("b", (), (1,))),
+        {"a": Grid((), (2.0,)), "b": Grid((), (1.0,))}, 3.0, 3.0, (1,),
+    )  # fmt: skip
+    assert ms(LatencyModel(table), 1, 0) == 3.0
+    assert ms(LatencyModel(table), 0, 1) == 1.5
+
+
 # --- as a metric --------------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "nas_gate"
 LAYERS: dict[str, set[str]] = {
-    name: set() for name in ("errors", "gates", "modules", "attention", "pareto", "tasks", "latency")
+    name: set() for name in ("errors", "files", "gates", "modules", "attention", "quality", "tasks")
 }
+LAYERS["pareto"] = {"quality"}
+LAYERS["latency"] = {"files"}
 LAYERS["structure"] = LAYERS["models"] = {"modules"}
 LAYERS["data"] = {"tasks"}
 LAYERS["latency_table"] = {"structure"}
@@ -19,25 +21,36 @@ LAYERS["gating"] = {"cost", "gates", "latency_table", "modules", "structure"}
 LAYERS["landing"] = {"cost", "latency_table", "structure"}
 LAYERS["removal"] = {"attention", "cost", "gating", "modules", "structure"}
 LAYERS["operations"] = {"removal", "structure"}
-LAYERS["measuring"] = {"gating", "latency", "latency_table", "operations", "removal", "structure"}
+LAYERS["measuring"] = {"files", "gating", "latency", "latency_table", "operations", "removal", "structure"}
 LAYERS["inspect"] = {"cost", "structure"}
 LAYERS["candidate"] = {"models", "removal", "structure"}
 LAYERS["analysis"] = {"cost", "gates", "gating", "landing", "removal", "structure"}
-LAYERS["training"] = {"data", "errors", "tasks"}
+LAYERS["training"] = {"data", "errors", "files", "tasks"}
 LAYERS["baselines"] = {"gating", "structure"}
 LAYERS["settings"] = {"baselines", "cost", "errors", "training"}
 LAYERS["budgets"] = {"gating", "settings", "training"}
-LAYERS["folders"] = {"errors", "settings", "training"}
+LAYERS["folders"] = {"errors", "files", "settings"}
 LAYERS["prepare"] = {*LAYERS} - {"candidate", "inspect", "pareto"}
-LAYERS["outcome"] = {"cost", "latency", "models", "pareto", "prepare", "removal", "settings", "tasks", "training"}
+LAYERS["outcome"] = {
+    "cost",
+    "latency",
+    "models",
+    "pareto",
+    "prepare",
+    "quality",
+    "removal",
+    "settings",
+    "tasks",
+    "training",
+}
 LAYERS["search"] = {*LAYERS}
-LAYERS["selection"] = {"candidate", "pareto"}
-LAYERS["plots"] = {"pareto"}
-LAYERS["exported"] = {"latency"}
+LAYERS["selection"] = {"pareto", "quality"}
+LAYERS["plots"] = {"files", "pareto", "quality"}
+LAYERS["exported"] = {"latency", "quality"}
 LAYERS["export"] = {"candidate", "cost", "exported", "latency", "models", "removal", "structure"}
-LAYERS["collect"] = {"candidate", "latency", "pareto"}
-LAYERS["table"] = {"collect", "pareto", "plots", "selection"}
-LAYERS["report"] = {"candidate", "collect", "export", "models", "pareto", "plots", "removal"}
+LAYERS["collect"] = {"candidate", "latency", "pareto", "quality"}
+LAYERS["table"] = {"collect", "pareto", "plots", "quality", "selection"}
+LAYERS["report"] = {"candidate", "collect", "export", "models", "pareto", "plots", "quality", "removal"}
 LAYERS["reproduce"] = {"cost"}
 LAYERS["commands"] = {*LAYERS}
 LAYERS["study"] = {*LAYERS}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nas_gate import pareto
 from nas_gate.pareto import hypervolume, knee, non_dominated
+from nas_gate.quality import Quality
 
 ROW: dict[str, Any] = {
     "study": "a",
@@ -326,3 +327,64 @@ def test_inputs_stay_as_they_were() -> None:
     before = candidates.copy(deep=True)
     pareto.front(candidates), pareto.summary(candidates), pareto.repeats(candidates)
     pd.testing.assert_frame_equal(candidates, before)
+
+
+# --- other metrics ------------------------------------------------------------------------------------------
+
+RMSE = Quality("rmse", False, ".4f")
+
+
+def errors(candidates: pd.DataFrame) -> pd.DataFrame:
+    """The same candidates, judged by an error of 1 - accuracy."""
+    names = {"accuracy": "rmse", "test_accuracy": "test_rmse", "dense_accuracy": "dense_rmse"}
+    return candidates.assign(**{name: 1 - candidates[name] for name in names}).rename(columns=names)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 8)), min_size=1, max_size=10))
+def test_fronts_of_errors_are_what_the_definition_says(points: list[tuple[int, int]]) -> None:
+    candidates = errors(front_of(*((value / 8, macs) for value, macs in points)))
+    best = pareto.front(candidates, quality=RMSE)
+    values = candidates[["rmse", "macs"]].to_numpy()
+    expected = [i for i, d in enumerate(dominated_by_any(values, [False, False])) if not d]
+    assert sorted(best["trial"]) == expected
+    assert best["macs"].is_monotonic_increasing
+    assert best["rmse"].is_monotonic_decreasing
+    shown = pareto.marked(candidates, quality=RMSE)
+    assert sorted(shown["trial"][shown["on_front"]]) == expected
+    assert shown["trial"][shown["knee"]].tolist() == [int(best["trial"].iloc[knee(best, RMSE.against("macs"))])]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(1, 99)), min_size=1, max_size=10))
+def test_errors_give_the_fronts_of_the_accuracies_that_they_mirror(points: list[tuple[int, int]]) -> None:
+    candidates = front_of(*((value / 8, macs) for value, macs in points))
+    mirrored = errors(candidates)
+    left, right = pareto.summary(candidates), pareto.summary(mirrored, (1.0, 1.0), quality=RMSE)
+    assert right["hypervolume"][0] == pytest.approx(left["hypervolume"][0])
+    for name in ("candidates", "on_front", "knee_trial", "knee_macs"):
+        assert right[name][0] == left[name][0]
+    assert (right["reference_rmse"][0], right["knee_rmse"][0]) == (1.0, 1 - left["knee_accuracy"][0])
+    columns = ["trial", "on_front", "on_common_front", "knee"]
+    assert pareto.marked(mirrored, quality=RMSE)[columns].equals(pareto.marked(candidates)[columns])
+
+
+def test_an_error_has_no_hypervolume_without_a_reference() -> None:
+    row = pareto.summary(errors(front_of((0.5, 20), (0.9, 60))), quality=RMSE).iloc[0]
+    assert math.isnan(row["hypervolume"])
+    assert math.isnan(row["reference_rmse"])
+    assert (row["on_front"], row["knee_rmse"]) == (2, pytest.approx(0.1))
+    by_hand = pareto.summary(errors(front_of((0.5, 20), (0.9, 60))), (0.6, 1.0), quality=RMSE).iloc[0]
+    assert by_hand["hypervolume"] == pytest.approx((0.6 - 0.5) * 0.8 + (0.5 - 0.1) * 0.4)
+
+
+def test_means_of_errors_over_seeds() -> None:
+    rows = pareto.repeats(errors(table({"accuracy": 0.9}, {"accuracy": 0.7, "seed": 1})), RMSE)
+    assert rows["rmse_mean"].tolist() == [pytest.approx(0.2)]
+    assert rows["rmse_std"].tolist() == [pytest.approx(math.sqrt(0.02))]
+
+
+def test_only_accuracies_must_be_shares() -> None:
+    pareto.check_table(errors(front_of((-70.0, 20))), RMSE)
+    with pytest.raises(ValueError, match=r"needs the columns \['rmse', 'test_rmse', 'dense_rmse'\]"):
+        pareto.check_table(front_of((0.5, 20)), RMSE)

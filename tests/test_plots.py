@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 
 from nas_gate.plots import Dense, Knee, Point, Repeat, draw, figure_data
+from nas_gate.quality import Quality
 
 ROW: dict[str, Any] = {
     "study": "a",
@@ -173,6 +175,26 @@ def test_candidates_out_of_view_are_counted(tmp_path: Path) -> None:
     assert "<!-- candidates below the view: 1, without figures: 1 -->" in text
 
 
+def test_pictures_of_errors(tmp_path: Path) -> None:
+    """Less is better: the outline falls, and what is far worse lies above the view."""
+    names = {"accuracy": "psnr_gap", "test_accuracy": "test_psnr_gap", "dense_accuracy": "dense_psnr_gap"}
+    quality = Quality("psnr_gap", False, ".2f")
+    rows = [{"accuracy": 3.0, "macs": 20}, {"accuracy": 2.0, "macs": 30}, {"accuracy": 90.0, "macs": 40}]
+    data = figure_data(table(*rows, dense_accuracy=1.5).rename(columns=names), quality=quality)
+    assert data.series[0].staircase == ((20, 3.0), (30, 3.0), (30, 2.0))
+    assert [point.on_front for point in data.series[0].points] == [True, True, False]
+    assert data.knees == (Knee("a", "gates", 30, 2.0),)
+    assert data.dense == (Dense(("a",), 100, 1.5),)
+    pytest.importorskip("matplotlib")
+    text = draw(data, tmp_path / "a.svg").read_text(encoding="utf-8")
+    for words in (
+        "validation psnr gap",
+        "a: validation psnr gap against MACs",
+        "candidates above the view: 1",
+    ):
+        assert f"<!-- {words} -->" in text, words
+
+
 def test_other_suffixes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must end in .png or .svg, but got 'front.pdf'"):
         draw(figure_data(ONE), tmp_path / "front.pdf")
@@ -181,10 +203,10 @@ def test_other_suffixes_are_refused(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
 
-    def full(self: Path, data: bytes) -> int:
+    def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         draw(figure_data(ONE), tmp_path / "front.png")
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import set_json
+from conftest import as_errors, set_json
 
 import nas_gate
 from nas_gate import candidate, cli
@@ -59,6 +59,24 @@ def test_figures_marks_and_commands(studies: Path):
     assert [each["path"] for each in data["skipped"]] == [str(studies / "alpha" / "5")]
     assert data["unfinished"] == 1
     json.dumps(data, allow_nan=False)
+
+
+def test_the_record_of_an_error(studies: Path):
+    """1 - accuracy of alpha: the same marks, the best is the lowest, and no hypervolume without a reference."""
+    data = report_data(collect([as_errors(studies / "alpha", studies / "gamma")]), command)
+    assert data["quality"] == {
+        "name": "rmse",
+        "higher_is_better": False,
+        "shown": ".4f",
+        "label": "rmse",
+        "percent": False,
+    }
+    assert [of(data, "gamma", n)["on_front"] for n in range(4)] == [True, True, False, True]
+    assert [of(data, "gamma", n)["knee"] for n in range(4)] == [False, True, False, False]
+    assert (of(data, "gamma", 1)["rmse"], of(data, "gamma", 1)["dense_rmse"]) == (0.07, 0.05)
+    assert (data["summary"][0]["best_rmse"], data["summary"][0]["hypervolume"]) == (0.06, None)
+    assert all(len(curve["rmse"]) == len(curve["epoch"]) for curve in of(data, "gamma", 1)["curves"].values())
+    assert "accuracy" not in json.dumps([data["candidates"], data["summary"]])
 
 
 def test_widths_are_those_of_the_networks(studies: Path):
@@ -296,3 +314,30 @@ def test_other_costs_and_orders(opened: Any, studies: Path):
     summary = text(opened, "#summary")
     for words in ("alpha, gates 4 3 0.7210 94.00 %", "beta, uniform 1 1 0.4250 85.00 %"):
         assert words in summary
+
+
+def test_the_page_of_an_error(browser: Any, studies: Path, tmp_path: Path):
+    file = tmp_path / "report.html"
+    gamma = as_errors(studies / "alpha", studies / "gamma")
+    file.write_text(page(report_data(collect([gamma]), command)), encoding="utf-8")
+    browser.get(file.as_uri())
+    assert text(browser, "#front-title") == "Validation rmse against cost"
+    assert "validation rmse 0.0700 dense 0.0500, +0.0200" in text(browser, "#details-figures")
+    assert text(browser, "#front .ytitle") == text(browser, "#curves .ytitle") == "validation rmse"
+    assert "gates 4 3 – 0.0600" in text(browser, "#summary")
+    assert "volume: none, for rmse has no worst value. best: lowest validation rmse." in text(browser, "#summary-note")
+    browser.find_element("id", "max-rmse").send_keys("0.075")
+    assert strong(browser) == {str(gamma / str(number) / "candidate") for number in (0, 1)}
+    assert text(browser, "#remaining") == "2 of 4 candidates remain"
+    assert text(browser, "#remaining-best") == "best of them: gamma, trial 0: 0.0600, 700.0 K MACs"
+    for field, written in (("max-rmse", "7 %"), ("max-macs", "-5")):
+        browser.find_element("id", "clear").click()
+        browser.find_element("id", field).send_keys(written)
+        invalid = browser.find_elements("css selector", "input:invalid")
+        assert [each.get_attribute("id") for each in invalid] == [field]
+    browser.find_element("id", "clear").click()
+    shown = browser.find_element("tag name", "body").text.lower()
+    assert "accura" not in shown
+    shot = os.environ.get("NAS_GATE_SCREENSHOT")
+    assert browser.save_screenshot(f"{shot}.errors.png" if shot else str(tmp_path / "report.png"))
+    assert [entry["message"] for entry in browser.get_log("browser")] == []

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas_gate.quality import Quality
 from nas_gate.selection import Infeasible, describe, parse_amount, select, show
 
 M = 10**6
@@ -230,3 +231,54 @@ def test_figures_as_people_read_them() -> None:
     ]
     assert shown == ["93.40 %", "59.96 M", "950", "1.25 ms", "2 G"]
     assert show("latency_ms", math.nan) == "not measured"
+
+
+# --- other metrics ------------------------------------------------------------------------------------------
+
+RMSE = Quality("rmse", False, ".3f")
+NAMES = {"accuracy": "rmse", "test_accuracy": "test_rmse", "dense_accuracy": "dense_rmse"}
+ERRORS = CANDIDATES.assign(**{name: 1 - CANDIDATES[name] for name in NAMES}).rename(columns=NAMES)
+
+
+@pytest.mark.parametrize("prefer", ["knee", "quality", "macs", "params", "latency"])
+def test_errors_choose_as_the_accuracies_that_they_mirror(prefer: str) -> None:
+    name = {"quality": "accuracy"}.get(prefer, prefer)
+    other = {"quality": "rmse"}.get(prefer, prefer)
+    for bounds in ({}, {"max_macs": 60 * M}):
+        expected = select(CANDIDATES, prefer=name, **bounds)
+        got = select(ERRORS, prefer=other, quality=RMSE, **bounds)
+        assert got.row["trial"] == expected.row["trial"]
+        assert [o.row["trial"] for o in got.runners_up] == [o.row["trial"] for o in expected.runners_up]
+
+
+def test_a_limit_is_the_worst_value() -> None:
+    """rmse: 0.20, 0.08, 0.07, 0.25, 0.06, 0.09."""
+    choice = select(ERRORS, limit=0.085, prefer="macs", quality=RMSE)
+    assert choice.row["trial"] == 1
+    assert choice.reasons[0] == "3 of 6 candidates meet validation rmse <= 0.085."
+    assert select(CANDIDATES, limit=0.915, prefer="macs").row["trial"] == 1
+    assert "It has the lowest validation rmse, 0.060." in select(ERRORS, prefer="rmse", quality=RMSE).reasons
+    text = describe(choice)
+    assert "  validation rmse             0.080   dense 0.050 (+0.030)" in text
+    assert "on the front of validation rmse against MACs" in text
+    assert "-0.010 validation rmse, +100.0 % MACs" in text
+    assert "accura" not in text
+    with pytest.raises(
+        Infeasible, match=r"validation rmse <= 0.010 alone excludes 6 of 6; the lowest is 0.060"
+    ) as told:
+        select(ERRORS, limit=0.01, quality=RMSE)
+    assert told.value.nearest is not None
+    assert told.value.nearest["trial"] == 4
+    with pytest.raises(Infeasible, match=r"validation rmse <= 0.000 by "):  # a limit of 0 is missed by the value itself
+        select(ERRORS, limit=0.0, quality=RMSE)
+
+
+def test_bounds_of_another_metric_are_refused() -> None:
+    with pytest.raises(ValueError, match="min_accuracy bounds an accuracy, but these candidates are judged by rmse"):
+        select(ERRORS, min_accuracy=0.9, quality=RMSE)
+    with pytest.raises(ValueError, match="the limit of rmse must be finite, but is nan"):
+        select(ERRORS, limit=math.nan, quality=RMSE)
+    with pytest.raises(ValueError, match="min_accuracy and limit bound the same"):
+        select(CANDIDATES, min_accuracy=0.9, limit=0.9)
+    with pytest.raises(ValueError, match=r"prefer must be one of \['knee', 'rmse', 'macs', .*but got 'accuracy'"):
+        select(ERRORS, prefer="accuracy", quality=RMSE)

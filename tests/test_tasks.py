@@ -122,6 +122,11 @@ def test_a_metrics_name_is_no_other_figures(name: str):
         Metric(name, tasks.confusion, float)
 
 
+def test_a_metric_that_cannot_be_shown_is_refused():
+    with pytest.raises(ValueError, match=r"`shown` must be a format of floats, as .2%, but is 'much'"):
+        Metric("psnr", tasks.confusion, float, shown="much")
+
+
 # --- in the program ---
 
 
@@ -132,6 +137,7 @@ def test_segmentation_is_searched_like_classification(tmp_path: Path):
     assert not any("accuracy" in key for key in result)
     assert result["achieved"] == result["macs"] / result["dense_macs"] <= 0.6
     assert result["max_relative_error"] < 1e-4
+    assert result["task_metric"] == {"name": "mean_iou", "higher_is_better": True, "shown": ".2%"}
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert history["finetuned"][-1]["mean_iou"] == result["mean_iou"] == result["finetuned_mean_iou"]
     assert [moment.accuracy for moment in moments[:2]] == [entry["mean_iou"] for entry in history["gated"]]
@@ -165,6 +171,7 @@ def test_less_error_is_better(tmp_path: Path, values: list[str], monkeypatch: py
     assert result["candidates"] == ["target-0.7", "target-0.4"]
     assert "hypervolume" not in result  # of an error there is no worst one
     assert result["rmse"] > 0
+    assert result["task_metric"] == {"name": "rmse", "higher_is_better": False, "shown": ".4f"}
     history = json.loads((tmp_path / "run" / "target-0.7" / "history.json").read_text())
     assert moments[0].accuracy == -history["gated"][0]["rmse"]
 

@@ -1,8 +1,6 @@
 import copy
 import io
 import math
-import os
-import resource
 import subprocess
 import sys
 import textwrap
@@ -306,36 +304,6 @@ def test_interrupt_leaves_the_checkpoint_intact(tmp_path: Path):
     train(resumed, tmp_path / "c.pt", controller=Counter())
     train(whole, controller=Counter())
     assert same(resumed, whole)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
-    path = tmp_path / "new" / "file"
-    with training.replacing(path) as file:
-        file.write(b"good")
-
-    def broken() -> None:
-        with training.replacing(path) as file:
-            file.write(b"ba")
-            raise RuntimeError("half")
-
-    with pytest.raises(RuntimeError, match="half"):
-        broken()
-    assert path.read_bytes() == b"good"
-    assert os.listdir(path.parent) == ["file"]
-
-
-def test_a_full_disk_is_told_as_such(tmp_path: Path):
-    train(network(), tmp_path / "c.pt")
-    before = (tmp_path / "c.pt").read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))  # writing more is an error, as on a full disk
-    try:
-        with pytest.raises(OSError, match="File too large"), training.replacing(tmp_path / "c.pt") as file:
-            torch.save({"weight": torch.zeros(1000)}, file)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (tmp_path / "c.pt").read_bytes() == before
-    assert os.listdir(tmp_path) == ["c.pt"]
 
 
 def test_a_damaged_checkpoint_is_a_clear_error(tmp_path: Path):

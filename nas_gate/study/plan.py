@@ -18,11 +18,12 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import Trial
 
 from nas_gate.errors import Refused
+from nas_gate.files import write_text
 from nas_gate.study.early_stopping import EarlyStopping
 from nas_gate.study.samplers import PerTrial, make_sampler
 from nas_gate.study.space import Space, as_overrides
 from nas_gate.study.storage import open_storage, shown
-from nas_gate.training import replacing, require
+from nas_gate.training import require
 
 DEFINITION = "study:definition"
 DIRECTIONS = ("maximize", "minimize")
@@ -184,8 +185,7 @@ def join(plan: Plan) -> Joined:
             "the folder belongs to another storage. Choose another study name, or move the folder away."
         )
     if not described.exists():
-        with replacing(described) as file:
-            file.write((json.dumps(definition, indent=2) + "\n").encode())
+        write_text(described, json.dumps(definition, indent=2) + "\n")
     return Joined(plan, study, storage)
 
 
