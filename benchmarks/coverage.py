@@ -170,14 +170,12 @@ def build(name: str, task: str) -> nn.Module:
 
 
 def size_of(name: str, task: str) -> tuple[int, ...]:
-    """Shape of one example; where timm lets the size be chosen, at most 128."""
+    """Shape of one example; that of a timm model is its own, see `smaller_size`."""
     if task == "timm":
         import timm
 
         known = timm.get_pretrained_cfg(name.removeprefix(TIMM), allow_unregistered=True)
-        channels, *size = (3, 128, 128) if known is None else known.input_size
-        free = known is None or not known.fixed_input_size
-        return (channels, *(min(n, 128) if free else n for n in size))
+        return (3, 224, 224) if known is None else known.input_size
     if task == "video":
         return (3, 16, 224, 224) if re.match("mvit|s3d|swin3d", name) else (3, 16, 112, 112)
     if task == "optical_flow":
@@ -187,6 +185,22 @@ def size_of(name: str, task: str) -> tuple[int, ...]:
     if "inception" in name:
         return (3, 299, 299)
     return (3, 256, 256) if name.startswith("swin_v2") else (3, 224, 224)
+
+
+def smaller_size(name: str, model: nn.Module, size: tuple[int, ...]) -> tuple[int, ...]:
+    """At most 128 where timm lets the size be chosen and the model runs on it, to save time; else `size`."""
+    import timm
+
+    known = timm.get_pretrained_cfg(name.removeprefix(TIMM), allow_unregistered=True)
+    small = (size[0], *(min(n, 128) for n in size[1:]))
+    if known is not None and known.fixed_input_size:
+        return size
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, *small))
+    except Exception:
+        return size
+    return small
 
 
 def inputs(task: str, size: Sequence[int], batch: int, seed: int) -> tuple[Any, ...]:
@@ -349,8 +363,10 @@ def examine(name: str) -> Row:
 def _examine(row: Row) -> None:
     torch.manual_seed(SEED)
     size = size_of(row.name, row.task)
-    row.input = "x".join(map(str, size))
     model = build(row.name, row.task)
+    if row.task == "timm":
+        size = smaller_size(row.name, model, size)
+    row.input = "x".join(map(str, size))
     example = inputs(row.task, size, 1, SEED)
     pair = inputs(row.task, size, 2, SEED + 4)  # batch norm over 1x1 maps needs two
     randomize(model)
