@@ -1006,6 +1006,28 @@ def nested_output():
     return Net(forward, a=conv(3, 8), b=conv(8, 4), h=head(8))
 
 
+@case({"a": 8, "b": 6}, fixed={"p:2": "mixes what the units hold"})
+def positions_that_are_pooled():
+    return Net(
+        lambda s, x: s.h(s.b(F.max_pool2d(s.a(x) + s.p, 2).flatten(2).unflatten(2, (4, 4)))),
+        a=conv(3, 8),
+        p=parameter(1, 8, 8, 1),
+        b=conv(8, 6),
+        h=head(6),
+    )
+
+
+@case({"a": 8, "b": 6}, fixed={"p:2": "mixes what the units hold", "p:3": "mixes what the units hold"})
+def positions_that_are_scaled():
+    return Net(
+        lambda s, x: s.h(s.b(s.a(x) + F.interpolate(s.p, size=(8, 8), mode="bicubic"))),
+        a=conv(3, 8),
+        p=parameter(1, 8, 5, 5),
+        b=conv(8, 6),
+        h=head(6),
+    )
+
+
 @case({}, fixed={"a.weight:0": OUTPUT})
 def one_layer():
     return Net(lambda s, x: s.a(x), a=conv(3, 8))

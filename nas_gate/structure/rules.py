@@ -379,6 +379,7 @@ def _carried(call: Call, value: Value, dims: Sequence[int], verb: str) -> Tracks
         if len(inside) == len(track.dims):
             if inside:
                 call.fix(labels, f"{verb} what the units hold")
+                continue  # fixed, and its places are no longer those of the result
         else:
             for d in inside:
                 labels = labels.narrow(d, 0, 1)
