@@ -760,7 +760,7 @@ def gated_block(seed: int | None = None) -> tuple[Block, GatedModel, Tensor]:
 def test_layer_norms_leave_their_units_free() -> None:
     model, gated, _ = gated_block()
     assert sorted(g.size for g in gated.structure.groups) == [8, 12]
-    assert [n.tensor for n in gated.structure.norms] == ["norm", "last"]
+    assert [n.path for n in gated.structure.norms] == ["norm", "last"]
     assert type(model.norm) is nn.LayerNorm
     assert gated.state_dict().keys() == {"gates.weight", *(f"model.{n}" for n in model.state_dict())}
 
@@ -798,7 +798,8 @@ def test_layer_norms_take_their_statistics_over_kept_units(seed: int) -> None:
         assert type(layer) is nn.LayerNorm
         assert layer.normalized_shape == (kept,)
         assert not hasattr(layer, "kept")
-        assert not hasattr(layer, "kept_dim")
+        assert not hasattr(layer, "kept_norm")
+        assert len(layer._forward_pre_hooks) == len(layer._forward_hooks) == 0
 
 
 def test_layer_norms_in_copies() -> None:

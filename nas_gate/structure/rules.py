@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from nas_gate.structure import labels as lb
+from nas_gate.structure.graph import Node
 from nas_gate.structure.labels import NONE, Track, Value
-from nas_gate.structure.trace import KERNEL, Call, Rule
+from nas_gate.structure.trace import KERNEL, Call, Normed, Rule
 
 aten = torch.ops.aten
 Tracks = tuple[Track, ...]
@@ -390,11 +391,36 @@ def _carried(call: Call, value: Value, dims: Sequence[int], verb: str) -> Tracks
 
 def reduced(call: Call) -> Results:
     """Reductions, sorts and normalisations over given dimensions (all where none is given)."""
+    return _reduced(call, call.value(call["self"]))
+
+
+def mean(call: Call) -> Results:
+    """A mean of squares over units, if an RMS norm takes it, runs over the kept slots; else it mixes."""
     value = call.value(call["self"])
-    rank = len(value.shape)
+    dims = _dims(call, len(value.shape))
+    if len(dims) == 1 and _is_square(call.made(call["self"])):
+        over = value.over(dims[0])
+        if all(_is_norm_of_units(call, t, dims[0], False, None) for t in over):
+            value = Value(value.shape, tuple(t for t in value.tracks if dims[0] not in t.dims), value.why)
+    return _reduced(call, value)
+
+
+def _is_square(node: Node) -> bool:
+    if node.op is aten.pow:
+        return bool(node.arguments.get("exponent") == 2)
+    return node.op is aten.mul and bool(node.arguments["self"] == node.arguments["other"])
+
+
+def _dims(call: Call, rank: int) -> list[int]:
+    """The dimensions that a reduction runs over."""
     dim = call.arguments.get("dim", call.arguments.get("axis"))
     dims = [dim] if isinstance(dim, int) else list(dim or range(rank))
-    dims = [d % rank for d in dims] if rank else []
+    return [d % rank for d in dims] if rank else []
+
+
+def _reduced(call: Call, value: Value) -> Results:
+    rank = len(value.shape)
+    dims = _dims(call, rank)
     tracks = _carried(call, value, dims, "mixes")
     results = []
     for out in call.outputs():
@@ -433,29 +459,44 @@ def _channel(value: Value, rank: int) -> Value:
 
 
 def layer_norm(call: Call) -> Results:
-    """Statistics over the last dimension, if an nn.LayerNorm takes them, run over the kept slots; else they mix."""
+    """Statistics over the last dimension, if a module of their own takes them, run over kept slots; else they mix."""
+    weight = None if call["weight"] is None else call.made(call["weight"]).leaf
+    plain = call["weight"] is None and call["bias"] is None
+    return _normalized(call, ("weight", "bias"), True, weight, bool(weight) or plain)
+
+
+def rms_norm(call: Call) -> Results:
+    """The same for the fused RMS norm of some devices (elsewhere it is several operations: see `mean`)."""
+    return _normalized(call, ("weight",), False, None, True)
+
+
+def _normalized(call: Call, factors: Sequence[str], centred: bool, weight: str | None, fit: bool) -> Results:
     x = call.value(call["input"])
     rank, normalized = len(x.shape), len(call["normalized_shape"])
     tracks = x.tracks
-    if not all(_is_norm_of_units(call, t) for t in x.over(rank - 1)) or normalized > 1:
+    fit = fit and normalized == 1
+    if not (fit and all(_is_norm_of_units(call, t, rank - 1, centred, weight) for t in x.over(rank - 1))):
         tracks = _carried(call, x, range(rank - normalized, rank), "mixes")
     values = [Value(x.shape, tracks, x.why)]
-    values += [call.value(call[n]) for n in ("weight", "bias") if call[n] is not None]
+    values += [call.value(call[n]) for n in factors if call[n] is not None]
     return [join(call, values), *[()] * (len(call.outputs()) - 1)]
 
 
-def _is_norm_of_units(call: Call, track: Track) -> bool:
-    """Whether a layer norm's statistics over this track can be taken over kept slots; notes the module if so."""
-    entering, last = call.findings.entering.get(call.where), track.labels.dim() - 1
-    if entering is None or call["weight"] is None or track.dims != (last,):
+def _is_norm_of_units(call: Call, track: Track, over: int, centred: bool, weight: str | None) -> bool:
+    """Whether a module's statistics over this track can be taken over kept slots; notes the module if so.
+
+    They can where the units run along one dimension of the module's own input, for there they are closed.
+    """
+    entering = call.findings.entering.get(call.where)
+    if entering is None or track.dims != (over,):
         return False
-    labels = lb.axis(track.labels, last)
+    labels = lb.axis(track.labels, over)
     for dim in range(len(entering.shape)):
         for t in entering.over(dim):
             if t.dims == (dim,) and torch.equal(lb.axis(t.labels, dim), labels):
-                known = call.findings.norms.setdefault(call.where, (dim, labels))
-                call.equate(known[1], labels)
-                return known[0] == dim
+                known = call.findings.norms.setdefault(call.where, Normed(dim, labels, centred, weight))
+                call.equate(known.labels, labels)
+                return (known.dim, known.centred, known.weight) == (dim, centred, weight)
     return False
 
 
@@ -773,9 +814,9 @@ def _table() -> dict[Any, Rule]:
         "_adaptive_avg_pool3d",
     )
     add(spatial(3), "upsample_nearest3d", "upsample_trilinear3d", "reflection_pad3d", "replication_pad3d")
+    add(mean, "mean")
     add(
         reduced,
-        "mean",
         "sum",
         "amax",
         "amin",
@@ -811,6 +852,7 @@ def _table() -> dict[Any, Rule]:
         "_batch_norm_no_update",
     )
     add(layer_norm, "native_layer_norm")
+    add(rms_norm, "_fused_rms_norm")
     add(group_norm, "native_group_norm")
     add(weight_norm, "_weight_norm_interface")
     add(embedding, "embedding")

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nas_gate.modules import Choice
 from nas_gate.structure import labels as lb
-from nas_gate.structure.graph import Graph
+from nas_gate.structure.graph import Graph, Node
 from nas_gate.structure.labels import Track, Value
 from nas_gate.structure.sizes import Calls, watched
 
@@ -93,6 +93,20 @@ class Switch:
 
 
 @dataclass(frozen=True)
+class Normed:
+    """A module whose statistics run over the slots along dimension `dim` of its input.
+
+    A layer norm is `centred` (its mean is taken away), an RMS norm is not. `weight` names the parameter that scales its
+    result before anything is added to it; None where nothing is.
+    """
+
+    dim: int
+    labels: Tensor
+    centred: bool
+    weight: str | None
+
+
+@dataclass(frozen=True)
 class Given:
     """The sizes that a module's own code gave to a call; for those of dimensions with labels, (dimension, tracks)."""
 
@@ -115,10 +129,10 @@ class Findings:
     gated: list[Tensor] = field(default_factory=list)
     prices: list[Price] = field(default_factory=list)
     widths: dict[str, Tensor] = field(default_factory=dict)
-    norms: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
-    """Layer norms over units, by path: the dimension of the module's input that is normalised, and its labels."""
+    norms: dict[str, Normed] = field(default_factory=dict)
+    """Layer and RMS norms over units, by path."""
     entering: dict[str, Value] = field(default_factory=dict)
-    """The input of every layer norm that runs."""
+    """The input of every module that may be a norm: of every one without parts."""
     given: list[Given] = field(default_factory=list)
     """Sizes that modules' own code gave to calls, in order."""
     factors: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -181,10 +195,17 @@ class Call:
     """One operation of the run, as its rule sees it: arguments by their schema names, values, and findings."""
 
     def __init__(
-        self, op: Any, arguments: dict[str, Any], out: Any, where: str, values: _Values, findings: Findings
+        self,
+        op: Any,
+        arguments: dict[str, Any],
+        out: Any,
+        where: str,
+        values: _Values,
+        findings: Findings,
+        made: Callable[[Tensor], Node],
     ) -> None:
         self.op, self.arguments, self.out, self.where = op, arguments, out, where
-        self._values, self.findings = values, findings
+        self._values, self.findings, self.made = values, findings, made
 
     @property
     def name(self) -> str:
@@ -281,7 +302,7 @@ class _Recorder(TorchDispatchMode):
         names = [a.name for a in func._schema.arguments]
         defaults = {a.name: a.default_value for a in func._schema.arguments[len(args) :] if a.name not in kwargs}
         arguments = {**dict(zip(names, args)), **defaults, **kwargs}
-        call = Call(func, arguments, None, self.where(), self.values, self.findings)
+        call = Call(func, arguments, None, self.where(), self.values, self.findings, self.graph.made)
         inputs = call.tensors()
         before = [self.values.of(t) for t in inputs]
         self.touched.update(map(id, inputs))
@@ -517,8 +538,9 @@ def trace(
             if isinstance(module, sized) and inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() > 1:
                 for track in values.of(inputs[0]).over(1):
                     findings.widths[path] = lb.axis(track.labels, 1)
-            if isinstance(module, nn.LayerNorm):
-                findings.entering[path] = values.of(inputs[0]) if inputs else Value(())
+            if isinstance(module, nn.LayerNorm) or not module._modules:
+                known = inputs and isinstance(inputs[0], Tensor)
+                findings.entering[path] = values.of(inputs[0]) if known else Value(())
 
         def given(path: str, call: str, sizes: list[int], places: list[tuple[Tensor, int]]) -> None:
             tracks = {i: (dim, over) for i, (tensor, dim) in enumerate(places) if (over := values.of(tensor).over(dim))}
