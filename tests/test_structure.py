@@ -1052,6 +1052,58 @@ def attention_with_other_heads_when_cut():
     return attention((4, -1), by_einsum)
 
 
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary positions: the halves of every head are turned by `angles`, shape (places, head_dim / 2)."""
+    first, second = x.chunk(2, -1)
+    angles = torch.cat([angles, angles], -1)
+    return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+
+
+ROTARY = {"q": {"q.weight:0": 4, "k.bias:0": 4, "v.weight:0": 4, "o.weight:1": 4}}
+
+
+@case({"q": 3}, inputs=rows(2, 7, 6), slots=ROTARY, fixed={"f:0": "aten.mul repeats it for every unit"})
+def attention_with_rotary_positions():
+    """What a head has in common with all others, the frequencies of its pairs, stays."""
+    net = attention((-1, 4), by_einsum)
+
+    def rotary(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        angles = torch.outer(torch.arange(7).to(q), net.f)
+        return by_einsum(turned(q, angles), turned(k, angles), v)
+
+    net.run = lambda s, x: attend(s, x, (-1, 4), rotary)
+    net.register_buffer("f", torch.rand(2))
+    return net
+
+
+@case({"q": 3}, inputs=rows(2, 7, 6), slots=ROTARY)
+def attention_with_rotary_positions_from_nowhere():
+    angles = rows(7, 2)
+    return attention((-1, 4), lambda q, k, v: by_einsum(turned(q, angles.to(q)), turned(k, angles.to(q)), v))
+
+
+@case(
+    {"q": 4},
+    inputs=rows(2, 7, 6),
+    slots=HEADS,
+    fixed={"l.weight:0": "aten.native_layer_norm in l joins", "r.weight:0": "aten.mul in r repeats it for every unit"},
+)
+def attention_with_normalised_queries():
+    net = attention((-1, 3), by_einsum)
+    net.l, net.r = nn.LayerNorm(3), nn.RMSNorm(3)
+    net.run = lambda s, x: attend(s, x, (-1, 3), lambda q, k, v: by_einsum(s.l(q), s.r(k), v))
+    return net
+
+
+@case({"w": 3}, inputs=rows(4, 6), slots={"w": {"a.weight:0": 4, "w:0": 1, "b.weight:1": 4}})
+def factor_repeated_over_one_of_two_dimensions():
+    """Nothing keeps the four slots of a factor apart or together but the factor itself."""
+    return Net(
+        lambda s, x: s.b((s.a(x).view(len(x), 4, -1) * s.w).flatten(1)),
+        a=nn.Linear(6, 12), w=parameter(3), b=nn.Linear(12, 5),
+    )  # fmt: skip
+
+
 @case(
     {"m": 2, "m.out_proj": 8, "f": 10},
     inputs=rows(2, 7, 8),

@@ -40,7 +40,10 @@ def unknown(call: Call) -> Results:
 
 
 def join(call: Call, values: Sequence[Value], keep_weight: bool = False) -> Tracks:
-    """Tracks of a broadcast result: labels in the same place are equal."""
+    """Tracks of a broadcast result: labels in the same place are equal.
+
+    Units that meet an operand without labels over some of their dimensions run over the others.
+    """
     rank = max(len(v.shape) for v in values)
     shapes = [(1,) * (rank - len(v.shape)) + v.shape for v in values]
     merged: list[tuple[Track, set[int]]] = []  # a track and the operands that take part in it
@@ -49,19 +52,35 @@ def join(call: Call, values: Sequence[Value], keep_weight: bool = False) -> Trac
             labels, weight, members = lb.align(track.labels, rank), track.weight and keep_weight, {i}
             apart = []
             for other, operands in merged:
-                if set(Track(labels).dims) & set(other.dims):
-                    call.equate(other.labels, labels)
-                    # the first operand's own labels stay, for a gate must find the weight it multiplies
-                    labels, weight = lb.where(other.labels, labels), weight or other.weight
-                    members = members | operands
-                else:
+                mine, theirs = Track(labels, weight), other
+                if not set(mine.dims) & set(theirs.dims):
                     apart.append((other, operands))
+                    continue
+                if _is_repeated(mine, theirs, shapes, members):
+                    call.cross(theirs.labels, labels)
+                    labels, weight = theirs.labels, theirs.weight
+                elif _is_repeated(theirs, mine, shapes, operands):
+                    call.cross(labels, theirs.labels)
+                else:
+                    call.equate(theirs.labels, labels)
+                    # the first operand's own labels stay, for a gate must find the weight it multiplies
+                    labels, weight = lb.where(theirs.labels, labels), weight or theirs.weight
+                members = members | operands
             merged = [*apart, (Track(lb.compress(labels), weight), members)]
     for track, operands in merged:
         for i, shape in enumerate(shapes):
-            if i not in operands and any(shape[d] > 1 for d in track.dims):
+            met = [d for d in track.dims if i not in operands and shape[d] > 1]
+            if met and len(met) == len(track.dims):
                 call.fix(track.labels, f"joins it with a tensor that has no units there ({values[i].why})")
+            for d in met:
+                call.equate(track.labels.narrow(d, 0, 1), track.labels)
     return tuple(track for track, _ in merged)
+
+
+def _is_repeated(narrow: Track, wide: Track, shapes: Sequence[tuple[int, ...]], operands: set[int]) -> bool:
+    """Whether broadcasting repeats the operands of a track over dimensions that another one varies over, too."""
+    more = set(wide.dims) - set(narrow.dims)
+    return set(narrow.dims) < set(wide.dims) and all(shapes[i][d] == 1 for i in operands for d in more)
 
 
 def pointwise(call: Call) -> Results:

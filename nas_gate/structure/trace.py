@@ -72,6 +72,19 @@ class Movement:
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """A value is joined with one that has labels over some of its dimensions only, and size 1 over the others.
+
+    Where the units of the wide one run over those dimensions, the two are equal place by place; where other operations
+    let them run over others alone (heads of attention), what is narrow meets all units alike: fixed with the reason.
+    """
+
+    wide: Tensor
+    narrow: Tensor
+    reason: str
+
+
+@dataclass(frozen=True)
 class Switch:
     """A branch, or a candidate of a choice: one unit, with what goes when it closes.
 
@@ -126,6 +139,7 @@ class Findings:
     fixed: list[tuple[Tensor, str]] = field(default_factory=list)
     tracks: list[Tensor] = field(default_factory=list)
     movements: list[Movement] = field(default_factory=list)
+    crossings: list[Crossing] = field(default_factory=list)
     gated: list[Tensor] = field(default_factory=list)
     prices: list[Price] = field(default_factory=list)
     widths: dict[str, Tensor] = field(default_factory=dict)
@@ -234,6 +248,10 @@ class Call:
     def equate(self, a: Tensor, b: Tensor) -> None:
         """Equate labels place by place; a label that meets an element without one is fixed."""
         self.findings.equate(a, b, f"{self.name} joins it with a tensor that has no units there")
+
+    def cross(self, wide: Tensor, narrow: Tensor) -> None:
+        """Join labels with others that vary over some of the same dimensions only."""
+        self.findings.crossings.append(Crossing(wide, narrow, f"{self.name} repeats it for every unit"))
 
     def gate(self, labels: Tensor) -> None:
         """Say that a gate on these slots of a weight removes what they consume."""

@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from nas_gate.structure import labels as lb
-from nas_gate.structure.trace import CHOICE, KERNEL, WIDTH, Findings, Movement, Switch
+from nas_gate.structure.trace import CHOICE, KERNEL, WIDTH, Crossing, Findings, Movement, Switch
 
 Ints = npt.NDArray[np.int64]
 FIXED = -1
@@ -229,8 +229,10 @@ def solve(findings: Findings, refused: Iterable[tuple[Ints, str]] = ()) -> Struc
         gated[labels.numpy()] = True
     while True:
         unit, reason = _components(findings.count, equal, fixes)
-        ties, refusals = _rectangles(findings.tracks, torch.from_numpy(unit))
-        if not ties:
+        ties, refusals = _crossed(findings.crossings, torch.from_numpy(unit))
+        if not ties and not refusals:
+            ties, refusals = _rectangles(findings.tracks, torch.from_numpy(unit))
+        if not ties and not refusals:
             refusals = _uncut(findings.movements, unit) or _ungated(unit, gated)
         if not ties and not refusals:
             axes = _Axes(findings, unit)
@@ -278,6 +280,21 @@ def _rectangles(tracks: Sequence[Tensor], unit: Tensor) -> tuple[list[tuple[Tens
             continue
         dim = min(varying, key=lambda d: labels.shape[d])
         wanted.equate(labels.narrow(dim, 0, 1), labels, "it stands beside slots without units")
+    return wanted.equal, wanted.fixed
+
+
+def _crossed(
+    crossings: Sequence[Crossing], unit: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
+    """What follows from crossings for the units known so far."""
+    wanted = Findings()
+    for c in crossings:
+        wide, narrow = torch.broadcast_tensors(_seen(c.wide, unit), _seen(c.narrow, unit))
+        varying = [d for d, n in enumerate(lb.compress(wide).shape) if n > 1]
+        if not any(c.narrow.shape[d] > 1 for d in varying):
+            wanted.fix(torch.where(narrow == FIXED, lb.NONE, c.narrow), c.reason)
+        elif not torch.equal(wide, narrow):
+            wanted.equate(c.wide, c.narrow, c.reason)
     return wanted.equal, wanted.fixed
 
 
