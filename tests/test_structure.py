@@ -1076,6 +1076,16 @@ def attention_with_rotary_positions():
     return net
 
 
+@case({"q": 2}, inputs=rows(2, 7, 6), slots={"q": {"q.weight:0": 6, "o.weight:1": 6}})
+def attention_with_rotary_positions_of_a_part():
+    angles = rows(7, 2)
+
+    def rotary(x: Tensor) -> Tensor:
+        return torch.cat([turned(x[..., :4], angles.to(x)), x[..., 4:]], -1)
+
+    return attention((-1, 6), lambda q, k, v: by_einsum(rotary(q), rotary(k), v))
+
+
 @case({"q": 3}, inputs=rows(2, 7, 6), slots=ROTARY)
 def attention_with_rotary_positions_from_nowhere():
     angles = rows(7, 2)

@@ -273,14 +273,15 @@ def test_encoder_and_decoder():
     small.train()(*inputs).square().mean().backward()
 
 
-def test_what_nobody_looks_at_fixes_nothing():
+@pytest.mark.parametrize("look", [lambda x: x.mean(1), lambda x: x.roll(1, 1), lambda x: x.select(1, 2)])
+def test_what_nobody_looks_at_fixes_nothing(look: Callable[[Tensor], Tensor]):
     def net(use: bool) -> nn.Module:
-        class Mean(nn.Module):
+        class Look(nn.Module):
             def forward(self, x: Tensor) -> Tensor:
-                mean = x.mean(1, keepdim=True)
-                return x + mean if use else x
+                seen = look(x)
+                return x + seen.sum() if use else x
 
-        return nn.Sequential(nn.Linear(3, 6), Mean(), nn.Linear(6, 2))
+        return nn.Sequential(nn.Linear(3, 6), Look(), nn.Linear(6, 2))
 
     assert [nas_gate.analyze(net(use), torch.randn(4, 3)).units for use in (False, True)] == [6, 0]
 

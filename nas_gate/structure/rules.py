@@ -219,7 +219,10 @@ def _moved(call: Call, value: Value, dims: Sequence[int]) -> Results:
 
 
 def pieces(call: Call) -> Results:
-    """Slices and splits: equal pieces of a dimension share positions, so that they stay equal when cut."""
+    """Slices and splits: equal pieces of a dimension share positions, so that they stay equal when cut.
+
+    Other pieces are those of a dimension that stays whole.
+    """
     value = call.value(call["self"])
     rank = len(value.shape)
     dim = (call["dim"] or 0) % rank
@@ -241,8 +244,10 @@ def pieces(call: Call) -> Results:
             if 0 < length < size and size % length == 0 and a % length == 0:
                 whole = track.labels.unflatten(dim, (size // length, length))
                 call.equate(whole.narrow(dim, 0, 1), whole)
-            elif length < size:
+            elif length < size and len(track.dims) == 1:
                 call.fix(track.labels, f"takes {b - a} of {size} slots, no equal piece")
+            elif length < size:
+                call.equate(track.labels.narrow(dim, 0, 1), track.labels)
             r.append(Track(lb.compress(part), track.weight))
     return [tuple(r) for r in results]
 

@@ -305,13 +305,15 @@ class _Recorder(TorchDispatchMode):
         self.values, self.findings, self.touched, self.graph = values, findings, touched, graph
         self.rules, self.default, self.where = rules, default, where
         self.pending: Any = WeakTensorKeyDictionary()
-        """Labels that an operation has fixed, by its results: what nobody looks at fixes nothing."""
+        """What an operation has fixed and moved, by its results: what nobody looks at demands nothing."""
 
     def used(self, tensor: Tensor) -> None:
-        """A result is looked at: what it fixes is fixed."""
-        fixes: list[tuple[Tensor, str]] = self.pending.pop(tensor, [])
+        """A result is looked at: what it demands holds."""
+        fixes, movements = self.pending.pop(tensor, ([], []))
         self.findings.fixed += fixes
+        self.findings.movements += movements
         fixes.clear()
+        movements.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -327,7 +329,7 @@ class _Recorder(TorchDispatchMode):
         references, first = self.graph.references(arguments), len(self.findings.prices)
         for tensor in inputs:
             self.used(tensor)
-        known = len(self.findings.fixed)
+        known = len(self.findings.fixed), len(self.findings.movements)
         call.out = func(*args, **kwargs)
         packet = func.overloadpacket
         macs = macs_of(func, args, kwargs, call.out)
@@ -353,10 +355,10 @@ class _Recorder(TorchDispatchMode):
             value = Value(tuple(tensor.shape), tuple(t for t in kept if t is not None))
             self.values.set(tensor, dataclasses.replace(value, why=why) if why else value)
         if outputs and not func._schema.is_mutable:
-            fixes = self.findings.fixed[known:]
-            del self.findings.fixed[known:]
+            demands = self.findings.fixed[known[0] :], self.findings.movements[known[1] :]
+            del self.findings.fixed[known[0] :], self.findings.movements[known[1] :]
             for tensor in outputs:
-                self.pending[tensor] = fixes
+                self.pending[tensor] = demands
         return call.out
 
     def _lasting(self, track: Track, call: Call) -> Track | None:
