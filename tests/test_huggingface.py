@@ -132,6 +132,11 @@ def test_attached_cut_and_equal(name: str, attention: str):
     assert sorted(g.size for g in structure.groups) == sorted(case.units), nas_gate.describe(structure)
     assert nas_gate.reachable_share(structure) == 1.0
     assert distance(model(**fresh).logits, gated(**fresh).logits) < 1e-6
+    gated(**fresh).logits.square().mean().backward()
+    slopes = gated.gates.weight.grad
+    assert slopes is not None
+    assert bool(slopes.isfinite().all())
+    assert all(bool(slopes[g.start : g.stop].any()) for g in structure.groups)
 
     keep = random_keep(structure, 0)
     removed = nas_gate.remove_with_proof(gated, keep)
