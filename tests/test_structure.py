@@ -424,9 +424,52 @@ def raw_parameter_in_convolution():
 def kernel_that_is_no_parameter():
     def forward(s, x):
         y = s.a(x)
+        return s.h(F.conv2d(y, torch.arange(8.0).to(y).view(-1, 1, 1, 1), groups=y.shape[1]))
+
+    return Net(forward, a=conv(3, 8), h=head(8))
+
+
+@case({"a": 8}, slots={"a": {"a.weight:0": 1, "h.2.weight:1": 1}})
+def kernel_of_one_value():
+    def forward(s, x):
+        y = s.a(x)
         return s.h(F.conv2d(y, torch.ones(y.shape[1], 1, 3, 3, dtype=y.dtype), groups=y.shape[1]))
 
     return Net(forward, a=conv(3, 8), h=head(8))
+
+
+# constants that the code makes: their sizes follow what they meet
+
+
+@case({"q": 4}, inputs=rows(2, 7, 6), slots={"q": {"q.weight:0": 3, "k.bias:0": 3, "v.weight:0": 3, "o.weight:1": 3}})
+def attention_with_a_mask_for_each_head():
+    """As many places for heads as the module's attribute says, whatever is left of them."""
+
+    def core(q, k, v):
+        mask = torch.zeros((1, 4, 7, 7), dtype=q.dtype)
+        return ((q @ k.transpose(-2, -1) + mask).softmax(-1)) @ v
+
+    return attention((-1, 3), core)
+
+
+@case(
+    {"cell": 8, "b.weight": 4},
+    slots={"cell": {"cell.weight:0": 1, "cell.weight:1": 1, "b.weight:1": 1}},
+    inputs=rows(2, 5),
+)
+def state_that_begins_with_zeros():
+    def forward(s, x):
+        h = x.new_zeros(len(x), 8)
+        for _ in range(2):
+            h = s.cell(torch.cat([x, h], 1)).tanh()
+        return s.b(torch.cat([h, torch.zeros(len(x), 4, dtype=x.dtype)], 1))
+
+    return Net(forward, cell=nn.Linear(13, 8), b=nn.Linear(12, 3))
+
+
+@case({"b": 6}, fixed={"a.weight:0": "aten.add joins it with a tensor that has no units there"})
+def constants_of_several_values():
+    return between(lambda y: y + torch.arange(8.0).to(y).view(-1, 1, 1))
 
 
 # movement
@@ -918,7 +961,7 @@ def assigned_into_a_view():
     return Net(forward, a=conv(3, 8), d=conv(3, 4), b=conv(8, 6), h=head(6))
 
 
-@case({"b": 6}, fixed={"a.weight:0": "joins it with a tensor that has no units there"})
+@case({"a": 8, "b": 6}, slots={"a": {"a.weight:0": 1, "b.weight:1": 1}})
 def assigned_into_new_memory():
     def operation(y):
         out = torch.zeros(y.shape, dtype=y.dtype)

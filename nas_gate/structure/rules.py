@@ -110,6 +110,11 @@ def like(call: Call) -> Results:
     return [tuple(Track(t.labels) for t in call.value(call["self"]).tracks)]
 
 
+def constant(call: Call) -> Results:
+    """A new tensor of one value: its size is one that the code gives and that can be another, whatever it meets."""
+    return [call.findings.labels(call.out.shape)]
+
+
 def fresh(call: Call) -> Results:
     """A new tensor of a given size, or none at all: nothing of the argument's elements goes on."""
     return [()] * len(call.outputs())
@@ -767,7 +772,8 @@ def _table() -> dict[Any, Rule]:
     add(divide, "div", "div_")
     add(same, "clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "to", "_conj", "detach_")
     add(like, "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
-    add(fresh, "new_zeros", "new_ones", "new_empty", "new_full", "sym_size", "_assert_tensor_metadata", "is_same_size")
+    add(constant, "zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+    add(fresh, "new_empty", "sym_size", "_assert_tensor_metadata", "is_same_size")
     add(like, "bernoulli_", "zero_", "fill_", "uniform_", "normal_")
     add(copy, "copy_")
     add(restrided, "as_strided_")

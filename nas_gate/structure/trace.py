@@ -28,7 +28,7 @@ from nas_gate.modules import Choice
 from nas_gate.structure import labels as lb
 from nas_gate.structure.graph import Graph, Node
 from nas_gate.structure.labels import Track, Value
-from nas_gate.structure.sizes import Calls, watched
+from nas_gate.structure.sizes import CONSTANTS, Calls, watched
 
 KERNEL = "has it as the extent of its kernel"
 """The reason of kernel dimensions, which nobody would look for among the fixed channels."""
@@ -163,13 +163,21 @@ class Findings:
 
     def label(self, name: str, shape: Sequence[int]) -> tuple[Track, ...]:
         """Fresh labels for every dimension of one tensor; a dimension of size 1 has nothing to choose."""
+        self.slots += [
+            Labelled(name, dim, self.count + sum(s for s in shape[:dim] if s > 1), size)
+            for dim, size in enumerate(shape)
+            if size > 1
+        ]
+        return self.labels(shape, weight=True)
+
+    def labels(self, shape: Sequence[int], weight: bool = False) -> tuple[Track, ...]:
+        """Fresh labels for every dimension of a value, without slots of their own."""
         tracks = []
         for dim, size in enumerate(shape):
             if size > 1:
-                self.slots.append(Labelled(name, dim, self.count, size))
                 ids = torch.arange(self.count, self.count + size)
                 self.count += size
-                tracks.append(Track(ids.reshape([size if d == dim else 1 for d in range(len(shape))]), True))
+                tracks.append(Track(ids.reshape([size if d == dim else 1 for d in range(len(shape))]), weight))
         return tuple(tracks)
 
     def switch(self) -> int:
@@ -335,7 +343,7 @@ class _Recorder(TorchDispatchMode):
         macs = macs_of(func, args, kwargs, call.out)
         self.findings.macs += macs
         outputs = call.outputs()
-        if any(v.tracks for v in before):
+        if any(v.tracks for v in before) or packet.__name__ in CONSTANTS:
             rule = self.rules.get(func, self.rules.get(packet, self.default))
             try:
                 results = rule(call)
