@@ -9,7 +9,7 @@ are replaced for one call by `torch.func.functional_call`, so the model keeps it
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -24,7 +24,7 @@ from nas_gate.cost import CostModel, check_budgets
 from nas_gate.gates import Gate, TrainableGate
 from nas_gate.latency_table import LatencyTable
 from nas_gate.modules import Choice
-from nas_gate.structure import Structure
+from nas_gate.structure import Norm, Structure
 
 
 class Factors(nn.Module):
@@ -60,53 +60,54 @@ class Factors(nn.Module):
         return gated
 
 
-class _OverKept:
-    """Mixed into the class of a layer norm in a gated model: its statistics run over the kept slots only.
+def normalize_over_kept(module: nn.Module, norm: Norm, kept: Tensor) -> None:
+    """Let a norm take its statistics over the kept slots of its input; in place.
 
-    Closed slots take the mean m of the kept ones, and all is stretched by sqrt(C / K) (K kept of C slots): mean and
-    variance over all C slots are then those of the kept ones. The weight undoes the stretch: see `Norms`.
+    Of C slots K are kept. Closed ones become 0, in a layer norm the mean of the kept ones, and all is stretched by
+    sqrt(C / K): mean and variance (or mean square) over all C slots are then those of the kept ones. What scales the
+    result undoes the stretch, its weight (see `Norms`) or a hook. PyTorch fuses no layer that has hooks.
     """
-
-    kept: Tensor
-    kept_dim: int
-
-    def forward(self, input: Tensor) -> Tensor:
-        keep = self.kept.view([-1 if d == self.kept_dim % input.dim() else 1 for d in range(input.dim())])
-        mean = (input * keep).sum(self.kept_dim, keepdim=True) / self.kept.sum()
-        stretch = (self.kept.numel() / self.kept.sum()).sqrt()
-        result: Tensor = super().forward(((input * keep + mean * (1 - keep)) * stretch).to(input.dtype))  # type: ignore[misc]
-        return result
-
-
-def normalize_over_kept(module: nn.Module, dim: int, kept: Tensor) -> None:
-    """Let a layer norm take its statistics over the kept slots of its input's dimension `dim`; in place."""
-    kind = type(module)
-    module.__class__ = type(f"{kind.__name__}OverKept", (_OverKept, kind), {"__module__": kind.__module__})
-    module.register_forward_pre_hook(_not_fused)
     module.register_buffer("kept", kept, persistent=False)
-    module.kept_dim = dim  # type: ignore[assignment]
+    module.kept_norm = norm  # type: ignore[assignment]
+    module.register_forward_pre_hook(_stretched)
+    if norm.weight is None:
+        module.register_forward_hook(_as_it_was)
 
 
-def _not_fused(module: nn.Module, args: Any) -> None:
-    """Does nothing, but a layer with hooks is not computed by PyTorch's fused transformer layer, over all slots."""
+def _stretched(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    input, dim, kept = args[0], module.kept_norm.dim, module.kept
+    keep = kept.view([-1 if d == dim else 1 for d in range(input.dim())])
+    filled = input * keep
+    if module.kept_norm.centred:
+        filled = filled + filled.sum(dim, keepdim=True) / kept.sum() * (1 - keep)
+    return (filled / kept.mean().sqrt()).to(input.dtype), *args[1:]
 
 
-def normalize_over_all(module: nn.Module) -> None:
+def _as_it_was(module: Any, args: Any, out: Any) -> Any:
+    return (out * module.kept.mean().sqrt()).to(out.dtype) if isinstance(out, Tensor) else out
+
+
+def normalize_over_all(module: Any) -> None:
     """Undo `normalize_over_kept`."""
-    module.__class__ = type(module).__mro__[2]
-    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _not_fused]:
-        del module._forward_pre_hooks[key]
-    del module._buffers["kept"], module.kept_dim
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_stretched, _as_it_was)]:
+            del hooks[key]
+    del module.kept, module.kept_norm
+
+
+def normalizes_over_kept(module: nn.Module) -> bool:
+    """Whether `normalize_over_kept` holds for the module."""
+    return _stretched in module._forward_pre_hooks.values()
 
 
 def plain(model: nn.Module) -> nn.Module:
     """The model as it was before gates; it shares all tensors with the one given."""
-    if not any(isinstance(m, _OverKept) or (isinstance(m, Choice) and m.keep is not None) for m in model.modules()):
+    if not any(normalizes_over_kept(m) or (isinstance(m, Choice) and m.keep is not None) for m in model.modules()):
         return model
     tensors = [*model.parameters(), *model.buffers()]
     model = copy.deepcopy(model, {id(t): t for t in tensors})
     for module in model.modules():
-        if isinstance(module, _OverKept):
+        if normalizes_over_kept(module):
             normalize_over_all(module)
         if isinstance(module, Choice):
             module.keep = None
@@ -114,25 +115,27 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 class Norms(nn.Module):
-    """From a keep vector to what layer norms over units need: their kept slots, and their weights."""
+    """From a keep vector to what norms over units need: their kept slots, and their weights."""
 
     _index: Tensor
 
     def __init__(self, structure: Structure) -> None:
         super().__init__()
-        self.paths = [n.tensor for n in structure.norms]
+        self.paths = [n.path for n in structure.norms]
+        self.weights = [n.weight for n in structure.norms]
         self._sizes = [len(n.units) for n in structure.norms]
         units = np.concatenate([*(n.units for n in structure.norms), np.zeros(0, np.int64)])
         index = torch.from_numpy(np.where(units >= 0, units, structure.units))
         self.register_buffer("_index", index, persistent=False)
 
-    def forward(self, weights: Sequence[Tensor], keep: Tensor) -> dict[str, Tensor]:
-        """Buffers and weights by name; `weights` are those of the norms in order."""
+    def forward(self, tensors: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+        """Buffers and weights by name; `tensors` has all `weights`."""
         kept = torch.cat([keep, keep.new_ones(1)]).index_select(0, self._index).split(self._sizes)
         replaced: dict[str, Tensor] = {}
-        for path, weight, k in zip(self.paths, weights, kept):
+        for path, weight, k in zip(self.paths, self.weights, kept):
             replaced[f"{path}.kept"] = k
-            replaced[f"{path}.weight"] = weight * k.mean().sqrt().to(weight.dtype)
+            if weight is not None:
+                replaced[weight] = tensors[weight] * k.mean().sqrt().to(tensors[weight].dtype)
         return replaced
 
 
@@ -206,11 +209,10 @@ class GatedModel(nn.Module):
         self.gates = Gates(structure, TrainableGate() if function is None else function)
         self.factors = Factors(structure, {n: tuple(t.shape) for n, t in _named(model).items()})
         self.norms = Norms(structure)
-        for norm in structure.norms:
-            module = model.get_submodule(norm.tensor)
-            normalize_over_kept(module, norm.dim, module.get_parameter("weight").detach().new_ones(len(norm.units)))
         self.example_inputs = example_inputs
         device = next((t.device for t in _named(model).values()), None)
+        for norm in structure.norms:
+            normalize_over_kept(model.get_submodule(norm.path), norm, torch.ones(len(norm.units), device=device))
         dense = structure.dense().to(device, torch.float32)
         for choice in structure.choices:
             choice_at(model, choice.path).keep = dense[list(choice.units)]
@@ -222,8 +224,8 @@ class GatedModel(nn.Module):
         keep = self.gates()
         replaced = self.factors({name: _tensor(self.model, name) for name in self.factors.names}, keep)
         if self.norms.paths:
-            weights = (f"{path}.weight" for path in self.norms.paths)
-            replaced |= self.norms([replaced.get(name, _tensor(self.model, name)) for name in weights], keep)
+            weights = {name: replaced.get(name, _tensor(self.model, name)) for name in self.norms.weights if name}
+            replaced |= self.norms(weights, keep)
         for choice in self.structure.choices:
             replaced[f"{choice.path}.keep"] = keep[choice.units[0] : choice.units[-1] + 1]
         return functional_call(self.model, replaced, args, kwargs)

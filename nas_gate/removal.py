@@ -117,6 +117,8 @@ def _mend_group_norm(new: Any, old: Any, width: int | None) -> None:
 def _mend_layer_norm(new: Any, old: Any, width: int | None) -> None:
     if new.weight is not None:
         new.normalized_shape = tuple(new.weight.shape)
+    elif width is not None:
+        new.normalized_shape = (width,)
 
 
 def _mend_embedding(new: Any, old: Any, width: int | None) -> None:
@@ -147,6 +149,7 @@ MENDS: dict[type[nn.Module], Mend] = {
     _NormBase: _mend_norm,
     nn.GroupNorm: _mend_group_norm,
     nn.LayerNorm: _mend_layer_norm,
+    nn.RMSNorm: _mend_layer_norm,
     nn.Embedding: _mend_embedding,
     nn.PReLU: _mend_prelu,
     nn.MultiheadAttention: _mend_attention,
@@ -589,7 +592,7 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
     kept = np.append(keep.cpu().numpy(), True)  # -1, the last entry: slots without a gate
     weights: dict[str, Tensor] = {}
     inputs = _ClosedInputs()
-    norms = [(model.get_submodule(n.tensor), n.dim, torch.from_numpy(kept[n.units])) for n in structure.norms]
+    norms = [(model.get_submodule(n.path), n, torch.from_numpy(kept[n.units])) for n in structure.norms]
     choices = [(choice_at(model, c.path), torch.from_numpy(kept[list(c.units)]).float()) for c in structure.choices]
     for gate in structure.gates:
         weight = weights.get(gate.tensor, own[gate.tensor].data)
@@ -598,15 +601,18 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
             inputs.masks[id(own[gate.tensor])] = mask
             continue
         weights[gate.tensor] = weight * mask.reshape([-1 if d == gate.dim else 1 for d in range(weight.dim())])
+    scales = {n.weight: over.double().mean().sqrt() for _, n, over in norms if n.weight is not None}
+    for name, scale in scales.items():
+        weight = weights.get(name, own[name].data)
+        weights[name] = weight * scale.to(weight)
+    like = next((t for t in own.values() if t.is_floating_point()), torch.zeros(()))
     with ExitStack() as exits:
         exits.enter_context(_holding(model, weights))
         for choice, open_ in choices:
             exits.callback(setattr, choice, "keep", choice.keep)
-            choice.keep = open_.to(next((t.device for t in own.values()), None))
-        for module, dim, over in norms:
-            weight = module.get_parameter("weight")
-            exits.enter_context(_holding(module, {"weight": weight.data * over.double().mean().sqrt().to(weight)}))
-            normalize_over_kept(module, dim, over.to(weight))
+            choice.keep = open_.to(like.device)
+        for module, norm, over in norms:
+            normalize_over_kept(module, norm, over.to(like.device, torch.promote_types(like.dtype, torch.float32)))
             exits.callback(normalize_over_all, module)
         exits.callback(inputs.restore)
         exits.enter_context(inputs)

@@ -132,7 +132,7 @@ def test_without_depth_nothing_changes() -> None:
 def test_text_and_record_name_kinds() -> None:
     structure = analyzed(Residual(*branch()), Residual(nn.Conv2d(4, 4, 1), nn.Sigmoid()))
     text = nas_gate.describe(structure)
-    assert "  branch  1.layers:branch       1 unit   1.layers\n" in text
+    assert "  branch    1.layers:branch       1 unit   1.layers\n" in text
     assert text.endswith("aten.sigmoid in 2.layers.1 at its end does not leave zeros zero: branch 2.layers:branch")
     record = nas_gate.to_json(structure)
     assert {g["kind"] for g in record["groups"]} == {"width", "branch"}

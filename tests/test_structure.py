@@ -12,6 +12,7 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -423,9 +424,52 @@ def raw_parameter_in_convolution():
 def kernel_that_is_no_parameter():
     def forward(s, x):
         y = s.a(x)
+        return s.h(F.conv2d(y, torch.arange(8.0).to(y).view(-1, 1, 1, 1), groups=y.shape[1]))
+
+    return Net(forward, a=conv(3, 8), h=head(8))
+
+
+@case({"a": 8}, slots={"a": {"a.weight:0": 1, "h.2.weight:1": 1}})
+def kernel_of_one_value():
+    def forward(s, x):
+        y = s.a(x)
         return s.h(F.conv2d(y, torch.ones(y.shape[1], 1, 3, 3, dtype=y.dtype), groups=y.shape[1]))
 
     return Net(forward, a=conv(3, 8), h=head(8))
+
+
+# constants that the code makes: their sizes follow what they meet
+
+
+@case({"q": 4}, inputs=rows(2, 7, 6), slots={"q": {"q.weight:0": 3, "k.bias:0": 3, "v.weight:0": 3, "o.weight:1": 3}})
+def attention_with_a_mask_for_each_head():
+    """As many places for heads as the module's attribute says, whatever is left of them."""
+
+    def core(q, k, v):
+        mask = torch.zeros((1, 4, 7, 7), dtype=q.dtype)
+        return ((q @ k.transpose(-2, -1) + mask).softmax(-1)) @ v
+
+    return attention((-1, 3), core)
+
+
+@case(
+    {"cell": 8, "b.weight": 4},
+    slots={"cell": {"cell.weight:0": 1, "cell.weight:1": 1, "b.weight:1": 1}},
+    inputs=rows(2, 5),
+)
+def state_that_begins_with_zeros():
+    def forward(s, x):
+        h = x.new_zeros(len(x), 8)
+        for _ in range(2):
+            h = s.cell(torch.cat([x, h], 1)).tanh()
+        return s.b(torch.cat([h, torch.zeros(len(x), 4, dtype=x.dtype)], 1))
+
+    return Net(forward, cell=nn.Linear(13, 8), b=nn.Linear(12, 3))
+
+
+@case({"b": 6}, fixed={"a.weight:0": "aten.add joins it with a tensor that has no units there"})
+def constants_of_several_values():
+    return between(lambda y: y + torch.arange(8.0).to(y).view(-1, 1, 1))
 
 
 # movement
@@ -639,6 +683,92 @@ def layer_norm_module_over_units():
     return Net(lambda s, x: s.b(s.n(s.a(x)).relu()), a=nn.Linear(6, 8), n=nn.LayerNorm(8), b=nn.Linear(8, 5))
 
 
+@case({"a": 8}, slots={"a": {"a.weight:0": 1, "b.weight:1": 1}}, inputs=rows(4, 6))
+def layer_norm_without_weight():
+    norm = nn.LayerNorm(8, elementwise_affine=False)
+    return Net(lambda s, x: s.b(s.n(s.a(x)).relu()), a=nn.Linear(6, 8), n=norm, b=nn.Linear(8, 5))
+
+
+class OwnLayerNorm(nn.Module):
+    """The function with parameters of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.gain, self.shift = size, parameter(size), parameter(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.size,), self.gain, self.shift, 1e-3)
+
+
+@case({"a": 8}, slots={"a": {"n.gain:0": 1, "n.shift:0": 1}}, inputs=rows(4, 6))
+def layer_norm_in_a_module_of_its_own():
+    return Net(lambda s, x: s.b(s.n(s.a(x)).relu()), a=nn.Linear(6, 8), n=OwnLayerNorm(8), b=nn.Linear(8, 5))
+
+
+@case({"a": 8}, slots={"a": {"a.weight:0": 1, "n.weight:0": 1, "b.weight:1": 1}}, inputs=rows(4, 6))
+def rms_norm_over_units():
+    return Net(lambda s, x: s.b(s.n(s.a(x)).relu()), a=nn.Linear(6, 8), n=nn.RMSNorm(8, eps=0.1), b=nn.Linear(8, 5))
+
+
+@case({"a": 8}, slots={"a": {"a.weight:0": 1, "b.weight:1": 1}}, inputs=rows(4, 6))
+def rms_norm_without_weight():
+    norm = nn.RMSNorm(8, elementwise_affine=False)
+    return Net(lambda s, x: s.b(s.n(s.a(x)).relu()), a=nn.Linear(6, 8), n=norm, b=nn.Linear(8, 5))
+
+
+@case({}, inputs=rows(4, 2, 6), fixed={"a.weight:0": "aten.mean in n mixes what the units hold"})
+def rms_norm_over_two_dimensions():
+    return Net(lambda s, x: s.b(s.n(s.a(x)).relu()), a=nn.Linear(6, 8), n=nn.RMSNorm((2, 8)), b=nn.Linear(8, 5))
+
+
+class OwnRMSNorm(nn.Module):
+    """Written as language models do, over dimension `dim` of `rank`; `more` is what its module does besides."""
+
+    def __init__(self, size: int, dim: int = -1, rank: int = 1, more: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.weight, self.dim, self.more = parameter(*(size if d == dim % rank else 1 for d in range(rank))), dim, more
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(self.dim, keepdim=True) + 0.1) * (1 + self.weight)
+        return y if self.more is None else self.more(y)
+
+
+@case({"a": 8}, slots={"a": {"a.weight:0": 1, "n.weight:0": 1, "b.weight:1": 1}}, inputs=rows(4, 6))
+def rms_norm_written_by_hand():
+    return Net(lambda s, x: s.b(s.n(s.a(x)).relu()), a=nn.Linear(6, 8), n=OwnRMSNorm(8, 1), b=nn.Linear(8, 5))
+
+
+@case({"a": 8, "b": 6}, slots={"a": {"a.weight:0": 1, "n.weight:1": 1, "b.weight:1": 1}})
+def rms_norm_over_channels():
+    return Net(lambda s, x: s.h(s.b(s.n(s.a(x)))), a=conv(3, 8), n=OwnRMSNorm(8, 1, 4), b=conv(8, 6), h=head(6))
+
+
+@case({}, inputs=rows(4, 6), fixed={"a.weight:0": "the removed model must compute what the gated one does"})
+def rms_norm_with_something_added():
+    """No factor on the module's result undoes a stretch of its input: the trial says so."""
+    norm = OwnRMSNorm(8, more=lambda y: y + 1)
+    return Net(lambda s, x: s.b(s.n(s.a(x)).relu()), a=nn.Linear(6, 8), n=norm, b=nn.Linear(8, 5))
+
+
+@case({}, inputs=rows(4, 6), fixed={"a.weight:0": "aten.mean mixes what the units hold"})
+def rms_norm_outside_of_a_module_of_its_own():
+    return Net(
+        lambda s, x: s.b((y := s.a(x)) * torch.rsqrt((y * y).mean(1, keepdim=True) + 0.1)),
+        a=nn.Linear(6, 8),
+        b=nn.Linear(8, 5),
+    )
+
+
+class OwnMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(1, keepdim=True)
+
+
+@case({}, inputs=rows(4, 6), fixed={"a.weight:0": "aten.mean in n mixes what the units hold"})
+def mean_that_is_not_of_squares():
+    return Net(lambda s, x: s.b(s.n(s.a(x))), a=nn.Linear(6, 8), n=OwnMean(), b=nn.Linear(8, 5))
+
+
 @case({}, inputs=rows(4, 6), fixed={"a.weight:0": "aten.native_layer_norm mixes what the units hold"})
 def layer_norm_as_a_function():
     return Net(lambda s, x: s.b(F.layer_norm(s.a(x), (8,))), a=nn.Linear(6, 8), b=nn.Linear(8, 5))
@@ -831,7 +961,7 @@ def assigned_into_a_view():
     return Net(forward, a=conv(3, 8), d=conv(3, 4), b=conv(8, 6), h=head(6))
 
 
-@case({"b": 6}, fixed={"a.weight:0": "joins it with a tensor that has no units there"})
+@case({"a": 8, "b": 6}, slots={"a": {"a.weight:0": 1, "b.weight:1": 1}})
 def assigned_into_new_memory():
     def operation(y):
         out = torch.zeros(y.shape, dtype=y.dtype)
@@ -965,6 +1095,68 @@ def attention_with_other_heads_when_cut():
     return attention((4, -1), by_einsum)
 
 
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary positions: the halves of every head are turned by `angles`, shape (places, head_dim / 2)."""
+    first, second = x.chunk(2, -1)
+    angles = torch.cat([angles, angles], -1)
+    return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+
+
+ROTARY = {"q": {"q.weight:0": 4, "k.bias:0": 4, "v.weight:0": 4, "o.weight:1": 4}}
+
+
+@case({"q": 3}, inputs=rows(2, 7, 6), slots=ROTARY, fixed={"f:0": "aten.mul repeats it for every unit"})
+def attention_with_rotary_positions():
+    """What a head has in common with all others, the frequencies of its pairs, stays."""
+    net = attention((-1, 4), by_einsum)
+
+    def rotary(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        angles = torch.outer(torch.arange(7).to(q), net.f)
+        return by_einsum(turned(q, angles), turned(k, angles), v)
+
+    net.run = lambda s, x: attend(s, x, (-1, 4), rotary)
+    net.register_buffer("f", torch.rand(2))
+    return net
+
+
+@case({"q": 2}, inputs=rows(2, 7, 6), slots={"q": {"q.weight:0": 6, "o.weight:1": 6}})
+def attention_with_rotary_positions_of_a_part():
+    angles = rows(7, 2)
+
+    def rotary(x: Tensor) -> Tensor:
+        return torch.cat([turned(x[..., :4], angles.to(x)), x[..., 4:]], -1)
+
+    return attention((-1, 6), lambda q, k, v: by_einsum(rotary(q), rotary(k), v))
+
+
+@case({"q": 3}, inputs=rows(2, 7, 6), slots=ROTARY)
+def attention_with_rotary_positions_from_nowhere():
+    angles = rows(7, 2)
+    return attention((-1, 4), lambda q, k, v: by_einsum(turned(q, angles.to(q)), turned(k, angles.to(q)), v))
+
+
+@case(
+    {"q": 4},
+    inputs=rows(2, 7, 6),
+    slots=HEADS,
+    fixed={"l.weight:0": "aten.native_layer_norm in l joins", "r.weight:0": "aten.mul in r repeats it for every unit"},
+)
+def attention_with_normalised_queries():
+    net = attention((-1, 3), by_einsum)
+    net.l, net.r = nn.LayerNorm(3), nn.RMSNorm(3)
+    net.run = lambda s, x: attend(s, x, (-1, 3), lambda q, k, v: by_einsum(s.l(q), s.r(k), v))
+    return net
+
+
+@case({"w": 3}, inputs=rows(4, 6), slots={"w": {"a.weight:0": 4, "w:0": 1, "b.weight:1": 4}})
+def factor_repeated_over_one_of_two_dimensions():
+    """Nothing keeps the four slots of a factor apart or together but the factor itself."""
+    return Net(
+        lambda s, x: s.b((s.a(x).view(len(x), 4, -1) * s.w).flatten(1)),
+        a=nn.Linear(6, 12), w=parameter(3), b=nn.Linear(12, 5),
+    )  # fmt: skip
+
+
 @case(
     {"m": 2, "m.out_proj": 8, "f": 10},
     inputs=rows(2, 7, 8),
@@ -1006,7 +1198,7 @@ def nested_output():
     return Net(forward, a=conv(3, 8), b=conv(8, 4), h=head(8))
 
 
-@case({"a": 8, "b": 6}, fixed={"p:2": "mixes what the units hold"})
+@case({"p": 8, "b": 6}, fixed={"p:2": "joins it with a tensor that has no units there"})
 def positions_that_are_pooled():
     return Net(
         lambda s, x: s.h(s.b(F.max_pool2d(s.a(x) + s.p, 2).flatten(2).unflatten(2, (4, 4)))),
@@ -1017,7 +1209,7 @@ def positions_that_are_pooled():
     )
 
 
-@case({"a": 8, "b": 6}, fixed={"p:2": "mixes what the units hold", "p:3": "mixes what the units hold"})
+@case({"p": 8, "b": 6}, fixed={"p:2": "mixes what the units hold", "p:3": "mixes what the units hold"})
 def positions_that_are_scaled():
     return Net(
         lambda s, x: s.h(s.b(s.a(x) + F.interpolate(s.p, size=(8, 8), mode="bicubic"))),
@@ -1200,11 +1392,12 @@ def test_attention_heads_by_hand():
     same_as(gated, kept_of(gated, q=[0, 3]), small, x)
 
 
-def test_layer_norm_by_hand():
+@pytest.mark.parametrize("norm", [nn.LayerNorm, partial(nn.RMSNorm, eps=0.1), OwnLayerNorm, OwnRMSNorm])
+def test_norm_by_hand(norm: Callable[[int], nn.Module]):
     """Statistics of the smaller network run over its own features only."""
 
     def build(features: int) -> nn.Sequential:
-        return nn.Sequential(nn.Linear(6, features), nn.LayerNorm(features), nn.ReLU(), nn.Linear(features, 5))
+        return nn.Sequential(nn.Linear(6, features), norm(features), nn.ReLU(), nn.Linear(features, 5))
 
     x = rows(4, 6).double()
     model = informative(build(8).double())
@@ -1212,7 +1405,7 @@ def test_layer_norm_by_hand():
     kept = [0, 3, 4, 6, 7]
     small = fill(
         build(5),
-        **{f"{i}__{n}": getattr(model[i], n)[kept] for i in (0, 1) for n in ("weight", "bias")},
+        **{f"{i}__{n}": t[..., kept] if i else t[kept] for i in (0, 1) for n, t in model[i].named_parameters()},
         **{"3__weight": model[3].weight[:, kept], "3__bias": model[3].bias},
     )
     keep = kept_of(gated, **{"0": kept})
@@ -1266,6 +1459,27 @@ def test_an_operation_without_a_rule_is_fixed_until_the_user_adds_one(monkeypatc
     assert [g.name for g in nas_gate.analyze(model, image(), rules=own).groups] == ["a", "b"]
     monkeypatch.setitem(nas_gate.RULES, op, own[op])
     assert {g.name: g.size for g in verify(model, image()).structure.groups} == {"a": 8, "b": 6}
+
+
+@torch.library.custom_op("nas_gate_tests::rms_norm", mutates_args=())
+def fused_rms_norm(input: Tensor, normalized_shape: list[int], weight: Tensor) -> Tensor:
+    return F.rms_norm(input, normalized_shape, weight, 0.1)
+
+
+def test_a_fused_rms_norm():
+    """Some devices run an RMS norm as one operation: here it is one of our own, with the same rule."""
+
+    class Fused(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return fused_rms_norm(x, list(self.weight.shape), self.weight)
+
+    model = informative(nn.Sequential(nn.Linear(6, 8), Fused(8), nn.Linear(8, 5))).double()
+    own = {**nas_gate.RULES, torch.ops.nas_gate_tests.rms_norm: rules.rms_norm}
+    gated = nas_gate.attach(model, rows(4, 6).double(), rules=own)
+    assert {g.name: g.size for g in gated.structure.groups} == {"0": 8}
+    removed = nas_gate.remove_with_proof(gated, kept_of(gated, **{"0": [0, 3, 4]}))
+    assert removed.model[1].normalized_shape == (3,)
+    assert removed.max_relative_error < 1e-6
 
 
 def test_a_wrong_rule_of_the_user_is_found_by_the_trial(monkeypatch):

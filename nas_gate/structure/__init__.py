@@ -3,7 +3,7 @@
 from nas_gate.structure.depth import VANISHES, Zeros, add_switches
 from nas_gate.structure.rules import RULES, default
 from nas_gate.structure.trace import BRANCH, CHOICE, WIDTH, Call, Findings, trace
-from nas_gate.structure.units import Axis, Fixed, Group, Member, Options, Part, Slots, Structure, Term, solve
+from nas_gate.structure.units import Axis, Fixed, Group, Member, Norm, Options, Part, Slots, Structure, Term, solve
 
 __all__ = [
     "BRANCH",
@@ -17,6 +17,7 @@ __all__ = [
     "Fixed",
     "Group",
     "Member",
+    "Norm",
     "Options",
     "Part",
     "Slots",

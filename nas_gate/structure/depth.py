@@ -75,6 +75,7 @@ def _vanishes() -> dict[Any, Zeros]:
     add(Zeros(("mat2", "mat1"), ("self",)), "addmm")
     add(Zeros(("batch2", "batch1"), ("self",)), "baddbmm")
     add(Zeros(("weight", "input"), ("bias",)), "linear", "convolution")
+    add(Zeros(("weight", "input")), "_fused_rms_norm")
     add(Zeros(("weight",), ("bias",)), "native_batch_norm", "_native_batch_norm_legit_no_training", "batch_norm")
     add(Zeros(("weight",), ("bias",)), "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_no_update")
     add(Zeros(("weight",), ("bias",)), "native_layer_norm", "native_group_norm")

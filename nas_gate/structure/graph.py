@@ -77,6 +77,10 @@ class Graph:
         for tensor in outputs:
             self._of[tensor] = index
 
+    def made(self, tensor: Tensor) -> Node:
+        """The operation that gave a tensor, or its leaf."""
+        return self.nodes[self._reference(tensor).node]
+
     def result(self, tensor: Tensor) -> None:
         """A tensor that the model returns."""
         self.results.add(self._reference(tensor).node)

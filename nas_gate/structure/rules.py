@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from nas_gate.structure import labels as lb
+from nas_gate.structure.graph import Node
 from nas_gate.structure.labels import NONE, Track, Value
-from nas_gate.structure.trace import KERNEL, Call, Rule
+from nas_gate.structure.trace import KERNEL, Call, Normed, Rule
 
 aten = torch.ops.aten
 Tracks = tuple[Track, ...]
@@ -39,7 +40,10 @@ def unknown(call: Call) -> Results:
 
 
 def join(call: Call, values: Sequence[Value], keep_weight: bool = False) -> Tracks:
-    """Tracks of a broadcast result: labels in the same place are equal."""
+    """Tracks of a broadcast result: labels in the same place are equal.
+
+    Units that meet an operand without labels over some of their dimensions run over the others.
+    """
     rank = max(len(v.shape) for v in values)
     shapes = [(1,) * (rank - len(v.shape)) + v.shape for v in values]
     merged: list[tuple[Track, set[int]]] = []  # a track and the operands that take part in it
@@ -48,19 +52,35 @@ def join(call: Call, values: Sequence[Value], keep_weight: bool = False) -> Trac
             labels, weight, members = lb.align(track.labels, rank), track.weight and keep_weight, {i}
             apart = []
             for other, operands in merged:
-                if set(Track(labels).dims) & set(other.dims):
-                    call.equate(other.labels, labels)
-                    # the first operand's own labels stay, for a gate must find the weight it multiplies
-                    labels, weight = lb.where(other.labels, labels), weight or other.weight
-                    members = members | operands
-                else:
+                mine, theirs = Track(labels, weight), other
+                if not set(mine.dims) & set(theirs.dims):
                     apart.append((other, operands))
+                    continue
+                if _is_repeated(mine, theirs, shapes, members):
+                    call.cross(theirs.labels, labels)
+                    labels, weight = theirs.labels, theirs.weight
+                elif _is_repeated(theirs, mine, shapes, operands):
+                    call.cross(labels, theirs.labels)
+                else:
+                    call.equate(theirs.labels, labels)
+                    # the first operand's own labels stay, for a gate must find the weight it multiplies
+                    labels, weight = lb.where(theirs.labels, labels), weight or theirs.weight
+                members = members | operands
             merged = [*apart, (Track(lb.compress(labels), weight), members)]
     for track, operands in merged:
         for i, shape in enumerate(shapes):
-            if i not in operands and any(shape[d] > 1 for d in track.dims):
+            met = [d for d in track.dims if i not in operands and shape[d] > 1]
+            if met and len(met) == len(track.dims):
                 call.fix(track.labels, f"joins it with a tensor that has no units there ({values[i].why})")
+            for d in met:
+                call.equate(track.labels.narrow(d, 0, 1), track.labels)
     return tuple(track for track, _ in merged)
+
+
+def _is_repeated(narrow: Track, wide: Track, shapes: Sequence[tuple[int, ...]], operands: set[int]) -> bool:
+    """Whether broadcasting repeats the operands of a track over dimensions that another one varies over, too."""
+    more = set(wide.dims) - set(narrow.dims)
+    return set(narrow.dims) < set(wide.dims) and all(shapes[i][d] == 1 for i in operands for d in more)
 
 
 def pointwise(call: Call) -> Results:
@@ -88,6 +108,11 @@ def same(call: Call) -> Results:
 def like(call: Call) -> Results:
     """A new tensor of the argument's size."""
     return [tuple(Track(t.labels) for t in call.value(call["self"]).tracks)]
+
+
+def constant(call: Call) -> Results:
+    """A new tensor of one value: its size is one that the code gives and that can be another, whatever it meets."""
+    return [call.findings.labels(call.out.shape)]
 
 
 def fresh(call: Call) -> Results:
@@ -199,7 +224,10 @@ def _moved(call: Call, value: Value, dims: Sequence[int]) -> Results:
 
 
 def pieces(call: Call) -> Results:
-    """Slices and splits: equal pieces of a dimension share positions, so that they stay equal when cut."""
+    """Slices and splits: equal pieces of a dimension share positions, so that they stay equal when cut.
+
+    Other pieces are those of a dimension that stays whole.
+    """
     value = call.value(call["self"])
     rank = len(value.shape)
     dim = (call["dim"] or 0) % rank
@@ -221,8 +249,10 @@ def pieces(call: Call) -> Results:
             if 0 < length < size and size % length == 0 and a % length == 0:
                 whole = track.labels.unflatten(dim, (size // length, length))
                 call.equate(whole.narrow(dim, 0, 1), whole)
-            elif length < size:
+            elif length < size and len(track.dims) == 1:
                 call.fix(track.labels, f"takes {b - a} of {size} slots, no equal piece")
+            elif length < size:
+                call.equate(track.labels.narrow(dim, 0, 1), track.labels)
             r.append(Track(lb.compress(part), track.weight))
     return [tuple(r) for r in results]
 
@@ -391,11 +421,36 @@ def _carried(call: Call, value: Value, dims: Sequence[int], verb: str) -> Tracks
 
 def reduced(call: Call) -> Results:
     """Reductions, sorts and normalisations over given dimensions (all where none is given)."""
+    return _reduced(call, call.value(call["self"]))
+
+
+def mean(call: Call) -> Results:
+    """A mean of squares over units, if an RMS norm takes it, runs over the kept slots; else it mixes."""
     value = call.value(call["self"])
-    rank = len(value.shape)
+    dims = _dims(call, len(value.shape))
+    if len(dims) == 1 and _is_square(call.made(call["self"])):
+        over = value.over(dims[0])
+        if all(_is_norm_of_units(call, t, dims[0], False, None) for t in over):
+            value = Value(value.shape, tuple(t for t in value.tracks if dims[0] not in t.dims), value.why)
+    return _reduced(call, value)
+
+
+def _is_square(node: Node) -> bool:
+    if node.op is aten.pow:
+        return bool(node.arguments.get("exponent") == 2)
+    return node.op is aten.mul and bool(node.arguments["self"] == node.arguments["other"])
+
+
+def _dims(call: Call, rank: int) -> list[int]:
+    """The dimensions that a reduction runs over."""
     dim = call.arguments.get("dim", call.arguments.get("axis"))
     dims = [dim] if isinstance(dim, int) else list(dim or range(rank))
-    dims = [d % rank for d in dims] if rank else []
+    return [d % rank for d in dims] if rank else []
+
+
+def _reduced(call: Call, value: Value) -> Results:
+    rank = len(value.shape)
+    dims = _dims(call, rank)
     tracks = _carried(call, value, dims, "mixes")
     results = []
     for out in call.outputs():
@@ -434,29 +489,44 @@ def _channel(value: Value, rank: int) -> Value:
 
 
 def layer_norm(call: Call) -> Results:
-    """Statistics over the last dimension, if an nn.LayerNorm takes them, run over the kept slots; else they mix."""
+    """Statistics over the last dimension, if a module of their own takes them, run over kept slots; else they mix."""
+    weight = None if call["weight"] is None else call.made(call["weight"]).leaf
+    plain = call["weight"] is None and call["bias"] is None
+    return _normalized(call, ("weight", "bias"), True, weight, bool(weight) or plain)
+
+
+def rms_norm(call: Call) -> Results:
+    """The same for the fused RMS norm of some devices (elsewhere it is several operations: see `mean`)."""
+    return _normalized(call, ("weight",), False, None, True)
+
+
+def _normalized(call: Call, factors: Sequence[str], centred: bool, weight: str | None, fit: bool) -> Results:
     x = call.value(call["input"])
     rank, normalized = len(x.shape), len(call["normalized_shape"])
     tracks = x.tracks
-    if not all(_is_norm_of_units(call, t) for t in x.over(rank - 1)) or normalized > 1:
+    fit = fit and normalized == 1
+    if not (fit and all(_is_norm_of_units(call, t, rank - 1, centred, weight) for t in x.over(rank - 1))):
         tracks = _carried(call, x, range(rank - normalized, rank), "mixes")
     values = [Value(x.shape, tracks, x.why)]
-    values += [call.value(call[n]) for n in ("weight", "bias") if call[n] is not None]
+    values += [call.value(call[n]) for n in factors if call[n] is not None]
     return [join(call, values), *[()] * (len(call.outputs()) - 1)]
 
 
-def _is_norm_of_units(call: Call, track: Track) -> bool:
-    """Whether a layer norm's statistics over this track can be taken over kept slots; notes the module if so."""
-    entering, last = call.findings.entering.get(call.where), track.labels.dim() - 1
-    if entering is None or call["weight"] is None or track.dims != (last,):
+def _is_norm_of_units(call: Call, track: Track, over: int, centred: bool, weight: str | None) -> bool:
+    """Whether a module's statistics over this track can be taken over kept slots; notes the module if so.
+
+    They can where the units run along one dimension of the module's own input, for there they are closed.
+    """
+    entering = call.findings.entering.get(call.where)
+    if entering is None or track.dims != (over,):
         return False
-    labels = lb.axis(track.labels, last)
+    labels = lb.axis(track.labels, over)
     for dim in range(len(entering.shape)):
         for t in entering.over(dim):
             if t.dims == (dim,) and torch.equal(lb.axis(t.labels, dim), labels):
-                known = call.findings.norms.setdefault(call.where, (dim, labels))
-                call.equate(known[1], labels)
-                return known[0] == dim
+                known = call.findings.norms.setdefault(call.where, Normed(dim, labels, centred, weight))
+                call.equate(known.labels, labels)
+                return (known.dim, known.centred, known.weight) == (dim, centred, weight)
     return False
 
 
@@ -703,7 +773,8 @@ def _table() -> dict[Any, Rule]:
     add(divide, "div", "div_")
     add(same, "clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "to", "_conj", "detach_")
     add(like, "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
-    add(fresh, "new_zeros", "new_ones", "new_empty", "new_full", "sym_size", "_assert_tensor_metadata", "is_same_size")
+    add(constant, "zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+    add(fresh, "new_empty", "sym_size", "_assert_tensor_metadata", "is_same_size")
     add(like, "bernoulli_", "zero_", "fill_", "uniform_", "normal_")
     add(copy, "copy_")
     add(restrided, "as_strided_")
@@ -774,9 +845,9 @@ def _table() -> dict[Any, Rule]:
         "_adaptive_avg_pool3d",
     )
     add(spatial(3), "upsample_nearest3d", "upsample_trilinear3d", "reflection_pad3d", "replication_pad3d")
+    add(mean, "mean")
     add(
         reduced,
-        "mean",
         "sum",
         "amax",
         "amin",
@@ -812,6 +883,7 @@ def _table() -> dict[Any, Rule]:
         "_batch_norm_no_update",
     )
     add(layer_norm, "native_layer_norm")
+    add(rms_norm, "_fused_rms_norm")
     add(group_norm, "native_group_norm")
     add(weight_norm, "_weight_norm_interface")
     add(embedding, "embedding")

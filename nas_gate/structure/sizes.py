@@ -19,7 +19,13 @@ from torch import SymInt, Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-FIRST = {"view": 1, "reshape": 1, "expand": 1, "unflatten": 2, "split": 1, "layer_norm": 1}
+CONSTANTS = {"zeros": 0, "ones": 0, "full": 0, "new_zeros": 1, "new_ones": 1, "new_full": 1}
+"""Functions whose result has one value throughout."""
+
+VIEWS = {"view": 1, "reshape": 1, "expand": 1, "unflatten": 2, "split": 1}
+NORMS = {"layer_norm": 1, "rms_norm": 1}
+
+FIRST = {**VIEWS, **NORMS, **CONSTANTS}
 """Functions that take sizes, by name, and the place of the first among their arguments."""
 
 SCALED = {"mul", "mul_", "div", "div_", "true_divide"}
@@ -29,7 +35,7 @@ SCALED = {"mul", "mul_", "div", "div_", "true_divide"}
 def sizes_of(name: str, args: Sequence[Any]) -> list[int] | None:
     """The sizes that a call was given, None where it takes none."""
     first = FIRST.get(name)
-    if first is None or len(args) <= first or not isinstance(args[0], Tensor):
+    if first is None or len(args) <= first or not (first == 0 or isinstance(args[0], Tensor)):
         return None
     given = args[first]
     sizes = (
@@ -55,8 +61,12 @@ def places_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: An
     if name == "split":
         dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
         return [(piece, dim % piece.dim()) for piece in out[:count]]
-    first = {"unflatten": args[1] % args[0].dim() if name == "unflatten" else 0, "layer_norm": out.dim() - count}
-    return [(out, first.get(name, 0) + i) for i in range(count)]
+    first = 0
+    if name == "unflatten":
+        first = args[1] % args[0].dim()
+    elif name in NORMS:
+        first = out.dim() - count
+    return [(out, first + i) for i in range(count)]
 
 
 def factor_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float | None:

@@ -26,9 +26,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nas_gate.modules import Choice
 from nas_gate.structure import labels as lb
-from nas_gate.structure.graph import Graph
+from nas_gate.structure.graph import Graph, Node
 from nas_gate.structure.labels import Track, Value
-from nas_gate.structure.sizes import Calls, watched
+from nas_gate.structure.sizes import CONSTANTS, Calls, watched
 
 KERNEL = "has it as the extent of its kernel"
 """The reason of kernel dimensions, which nobody would look for among the fixed channels."""
@@ -72,6 +72,19 @@ class Movement:
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """A value is joined with one that has labels over some of its dimensions only, and size 1 over the others.
+
+    Where the units of the wide one run over those dimensions, the two are equal place by place; where other operations
+    let them run over others alone (heads of attention), what is narrow meets all units alike: fixed with the reason.
+    """
+
+    wide: Tensor
+    narrow: Tensor
+    reason: str
+
+
+@dataclass(frozen=True)
 class Switch:
     """A branch, or a candidate of a choice: one unit, with what goes when it closes.
 
@@ -90,6 +103,20 @@ class Switch:
     tensors: tuple[str, ...]
     weights: tuple[tuple[str, int], ...]
     prices: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Normed:
+    """A module whose statistics run over the slots along dimension `dim` of its input.
+
+    A layer norm is `centred` (its mean is taken away), an RMS norm is not. `weight` names the parameter that scales its
+    result before anything is added to it; None where nothing is.
+    """
+
+    dim: int
+    labels: Tensor
+    centred: bool
+    weight: str | None
 
 
 @dataclass(frozen=True)
@@ -112,13 +139,14 @@ class Findings:
     fixed: list[tuple[Tensor, str]] = field(default_factory=list)
     tracks: list[Tensor] = field(default_factory=list)
     movements: list[Movement] = field(default_factory=list)
+    crossings: list[Crossing] = field(default_factory=list)
     gated: list[Tensor] = field(default_factory=list)
     prices: list[Price] = field(default_factory=list)
     widths: dict[str, Tensor] = field(default_factory=dict)
-    norms: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
-    """Layer norms over units, by path: the dimension of the module's input that is normalised, and its labels."""
+    norms: dict[str, Normed] = field(default_factory=dict)
+    """Layer and RMS norms over units, by path."""
     entering: dict[str, Value] = field(default_factory=dict)
-    """The input of every layer norm that runs."""
+    """The input of every module that may be a norm: of every one without parts."""
     given: list[Given] = field(default_factory=list)
     """Sizes that modules' own code gave to calls, in order."""
     factors: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -135,13 +163,21 @@ class Findings:
 
     def label(self, name: str, shape: Sequence[int]) -> tuple[Track, ...]:
         """Fresh labels for every dimension of one tensor; a dimension of size 1 has nothing to choose."""
+        self.slots += [
+            Labelled(name, dim, self.count + sum(s for s in shape[:dim] if s > 1), size)
+            for dim, size in enumerate(shape)
+            if size > 1
+        ]
+        return self.labels(shape, weight=True)
+
+    def labels(self, shape: Sequence[int], weight: bool = False) -> tuple[Track, ...]:
+        """Fresh labels for every dimension of a value, without slots of their own."""
         tracks = []
         for dim, size in enumerate(shape):
             if size > 1:
-                self.slots.append(Labelled(name, dim, self.count, size))
                 ids = torch.arange(self.count, self.count + size)
                 self.count += size
-                tracks.append(Track(ids.reshape([size if d == dim else 1 for d in range(len(shape))]), True))
+                tracks.append(Track(ids.reshape([size if d == dim else 1 for d in range(len(shape))]), weight))
         return tuple(tracks)
 
     def switch(self) -> int:
@@ -181,10 +217,17 @@ class Call:
     """One operation of the run, as its rule sees it: arguments by their schema names, values, and findings."""
 
     def __init__(
-        self, op: Any, arguments: dict[str, Any], out: Any, where: str, values: _Values, findings: Findings
+        self,
+        op: Any,
+        arguments: dict[str, Any],
+        out: Any,
+        where: str,
+        values: _Values,
+        findings: Findings,
+        made: Callable[[Tensor], Node],
     ) -> None:
         self.op, self.arguments, self.out, self.where = op, arguments, out, where
-        self._values, self.findings = values, findings
+        self._values, self.findings, self.made = values, findings, made
 
     @property
     def name(self) -> str:
@@ -213,6 +256,10 @@ class Call:
     def equate(self, a: Tensor, b: Tensor) -> None:
         """Equate labels place by place; a label that meets an element without one is fixed."""
         self.findings.equate(a, b, f"{self.name} joins it with a tensor that has no units there")
+
+    def cross(self, wide: Tensor, narrow: Tensor) -> None:
+        """Join labels with others that vary over some of the same dimensions only."""
+        self.findings.crossings.append(Crossing(wide, narrow, f"{self.name} repeats it for every unit"))
 
     def gate(self, labels: Tensor) -> None:
         """Say that a gate on these slots of a weight removes what they consume."""
@@ -266,13 +313,15 @@ class _Recorder(TorchDispatchMode):
         self.values, self.findings, self.touched, self.graph = values, findings, touched, graph
         self.rules, self.default, self.where = rules, default, where
         self.pending: Any = WeakTensorKeyDictionary()
-        """Labels that an operation has fixed, by its results: what nobody looks at fixes nothing."""
+        """What an operation has fixed and moved, by its results: what nobody looks at demands nothing."""
 
     def used(self, tensor: Tensor) -> None:
-        """A result is looked at: what it fixes is fixed."""
-        fixes: list[tuple[Tensor, str]] = self.pending.pop(tensor, [])
+        """A result is looked at: what it demands holds."""
+        fixes, movements = self.pending.pop(tensor, ([], []))
         self.findings.fixed += fixes
+        self.findings.movements += movements
         fixes.clear()
+        movements.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -281,20 +330,20 @@ class _Recorder(TorchDispatchMode):
         names = [a.name for a in func._schema.arguments]
         defaults = {a.name: a.default_value for a in func._schema.arguments[len(args) :] if a.name not in kwargs}
         arguments = {**dict(zip(names, args)), **defaults, **kwargs}
-        call = Call(func, arguments, None, self.where(), self.values, self.findings)
+        call = Call(func, arguments, None, self.where(), self.values, self.findings, self.graph.made)
         inputs = call.tensors()
         before = [self.values.of(t) for t in inputs]
         self.touched.update(map(id, inputs))
         references, first = self.graph.references(arguments), len(self.findings.prices)
         for tensor in inputs:
             self.used(tensor)
-        known = len(self.findings.fixed)
+        known = len(self.findings.fixed), len(self.findings.movements)
         call.out = func(*args, **kwargs)
         packet = func.overloadpacket
         macs = macs_of(func, args, kwargs, call.out)
         self.findings.macs += macs
         outputs = call.outputs()
-        if any(v.tracks for v in before):
+        if any(v.tracks for v in before) or packet.__name__ in CONSTANTS:
             rule = self.rules.get(func, self.rules.get(packet, self.default))
             try:
                 results = rule(call)
@@ -314,10 +363,10 @@ class _Recorder(TorchDispatchMode):
             value = Value(tuple(tensor.shape), tuple(t for t in kept if t is not None))
             self.values.set(tensor, dataclasses.replace(value, why=why) if why else value)
         if outputs and not func._schema.is_mutable:
-            fixes = self.findings.fixed[known:]
-            del self.findings.fixed[known:]
+            demands = self.findings.fixed[known[0] :], self.findings.movements[known[1] :]
+            del self.findings.fixed[known[0] :], self.findings.movements[known[1] :]
             for tensor in outputs:
-                self.pending[tensor] = fixes
+                self.pending[tensor] = demands
         return call.out
 
     def _lasting(self, track: Track, call: Call) -> Track | None:
@@ -517,8 +566,9 @@ def trace(
             if isinstance(module, sized) and inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() > 1:
                 for track in values.of(inputs[0]).over(1):
                     findings.widths[path] = lb.axis(track.labels, 1)
-            if isinstance(module, nn.LayerNorm):
-                findings.entering[path] = values.of(inputs[0]) if inputs else Value(())
+            if isinstance(module, nn.LayerNorm) or not module._modules:
+                known = inputs and isinstance(inputs[0], Tensor)
+                findings.entering[path] = values.of(inputs[0]) if known else Value(())
 
         def given(path: str, call: str, sizes: list[int], places: list[tuple[Tensor, int]]) -> None:
             tracks = {i: (dim, over) for i, (tensor, dim) in enumerate(places) if (over := values.of(tensor).over(dim))}

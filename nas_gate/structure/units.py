@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from nas_gate.structure import labels as lb
-from nas_gate.structure.trace import CHOICE, KERNEL, WIDTH, Findings, Movement, Switch
+from nas_gate.structure.trace import CHOICE, KERNEL, WIDTH, Crossing, Findings, Movement, Switch
 
 Ints = npt.NDArray[np.int64]
 FIXED = -1
@@ -91,6 +91,21 @@ class Slots:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A module whose statistics run over units: those along dimension `dim` of its input, -1 where it is fixed.
+
+    A layer norm is `centred`, an RMS norm is not. `weight` is the parameter that scales its result before anything is
+    added to it; None where nothing is.
+    """
+
+    path: str
+    dim: int
+    units: Ints
+    centred: bool
+    weight: str | None
+
+
+@dataclass(frozen=True)
 class Part:
     """What goes when a branch's or candidate's unit closes.
 
@@ -136,10 +151,10 @@ class Structure:
     """The frozen record of a model's removable units.
 
     `slots` says what removal cuts, `gates` which weights' slots gates multiply, `axes` and the terms what it costs
-    (`macs` of one forward pass on the example inputs, `params`), `widths` the units along dimension 1 of the input
-    of modules that keep this size as an attribute only, `norms` those along a dimension of the input of modules whose
-    statistics run over units. `parts` says what goes with the units of branches and candidates, `choices` which
-    candidates exclude each other, `kept` which branches are no units.
+    (`macs` of one forward pass on the example inputs, `params`), `widths` the units along a dimension of the input of
+    modules that may keep its size as an attribute only, `norms` those that statistics run over. `parts` says what goes
+    with the units of branches and candidates, `choices` which candidates exclude each other, `kept` which branches are
+    no units.
     """
 
     groups: tuple[Group, ...]
@@ -151,7 +166,7 @@ class Structure:
     params: tuple[Term, ...]
     other_macs: int
     widths: tuple[Slots, ...]
-    norms: tuple[Slots, ...]
+    norms: tuple[Norm, ...]
     given: tuple[Given, ...] = field(repr=False)
     """Sizes that modules' own code gave to views of units."""
     factors: Mapping[str, Mapping[str, float]] = field(repr=False)
@@ -214,8 +229,10 @@ def solve(findings: Findings, refused: Iterable[tuple[Ints, str]] = ()) -> Struc
         gated[labels.numpy()] = True
     while True:
         unit, reason = _components(findings.count, equal, fixes)
-        ties, refusals = _rectangles(findings.tracks, torch.from_numpy(unit))
-        if not ties:
+        ties, refusals = _crossed(findings.crossings, torch.from_numpy(unit))
+        if not ties and not refusals:
+            ties, refusals = _rectangles(findings.tracks, torch.from_numpy(unit))
+        if not ties and not refusals:
             refusals = _uncut(findings.movements, unit) or _ungated(unit, gated)
         if not ties and not refusals:
             axes = _Axes(findings, unit)
@@ -263,6 +280,21 @@ def _rectangles(tracks: Sequence[Tensor], unit: Tensor) -> tuple[list[tuple[Tens
             continue
         dim = min(varying, key=lambda d: labels.shape[d])
         wanted.equate(labels.narrow(dim, 0, 1), labels, "it stands beside slots without units")
+    return wanted.equal, wanted.fixed
+
+
+def _crossed(
+    crossings: Sequence[Crossing], unit: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
+    """What follows from crossings for the units known so far."""
+    wanted = Findings()
+    for c in crossings:
+        wide, narrow = torch.broadcast_tensors(_seen(c.wide, unit), _seen(c.narrow, unit))
+        varying = [d for d, n in enumerate(lb.compress(wide).shape) if n > 1]
+        if not any(c.narrow.shape[d] > 1 for d in varying):
+            wanted.fix(torch.where(narrow == FIXED, lb.NONE, c.narrow), c.reason)
+        elif not torch.equal(wide, narrow):
+            wanted.equate(c.wide, c.narrow, c.reason)
     return wanted.equal, wanted.fixed
 
 
@@ -422,13 +454,13 @@ def _structure(
     macs = tuple(Term(p.where, p.op, p.coefficient, a) for p, a in axes.priced)
     modelled = sum(t.coefficient * math.prod(axes.sizes[a] for a in t.axes) for t in macs)
 
-    def at_modules(labels: Mapping[str, tuple[int, Tensor]]) -> tuple[Slots, ...]:
-        found = []
-        for path, (dim, ids) in labels.items():
-            units = axes.number[_seen(ids, torch.from_numpy(axes.unit)).numpy()]
-            if (units != FIXED).any():
-                found.append(Slots(path, dim, units))
-        return tuple(found)
+    def units_of(labels: Tensor) -> Ints:
+        units: Ints = axes.number[_seen(labels, torch.from_numpy(axes.unit)).numpy()]
+        return units
+
+    widths = [Slots(path, 1, units_of(labels)) for path, labels in findings.widths.items()]
+    norms = [Norm(path, n.dim, units_of(n.labels), n.centred, n.weight) for path, n in findings.norms.items()]
+    widths += [Slots(n.path, n.dim, n.units) for n in norms if n.weight is None]
 
     return Structure(
         groups=tuple(groups),
@@ -439,8 +471,8 @@ def _structure(
         macs=macs,
         params=tuple(params),
         other_macs=findings.macs - modelled,
-        widths=at_modules({path: (1, ids) for path, ids in findings.widths.items()}),
-        norms=at_modules(findings.norms),
+        widths=tuple(w for w in widths if (w.units != FIXED).any()),
+        norms=tuple(n for n in norms if (n.units != FIXED).any()),
         given=tuple(_given(findings, axes)),
         factors=findings.factors,
         labels=axes.labels[np.concatenate([*axes.kinds, np.zeros(0, np.int64)])],
