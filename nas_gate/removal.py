@@ -25,7 +25,7 @@ from nas_gate.cost import METRICS, CostModel
 from nas_gate.gating import choice_at, normalize_over_all, normalize_over_kept
 from nas_gate.modules import Choice, Zero
 from nas_gate.structure import Structure
-from nas_gate.structure.sizes import Calls, Corrections, correct, watched
+from nas_gate.structure.sizes import Calls, Corrections, compared, correct, watched
 from nas_gate.structure.trace import (
     macs_of,
     mode_of,
@@ -314,79 +314,59 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 def smaller(
     model: nn.Module, structure: Structure, keep: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[nn.Module, Cut]:
-    """The smaller model for a boolean keep, shape (units,), and its cut, complete with corrections.
-
-    Corrections come from a run of the smaller model, as far as it can need any: where its own code gives a size or a
-    factor that is not the one it needs, it is corrected, and the right and the wrong one are noted. Where it does not
-    run so, it has none.
-    """
+    """The smaller model for a boolean keep, shape (units,), and its cut, complete with corrections."""
     cut = cut_of(structure, keep)
     small = cut_model(model, cut)
-    if not structure.given:
-        return small, cut
-    kept = np.append(keep.cpu().numpy(), True)  # -1, the last entry: fixed slots stay
-    right = {
-        (renamed(cut, g.path), g.call): [
-            int(kept[g.units[i]].sum()) if i in g.units else n for i, n in enumerate(g.sizes)
-        ]
-        for g in structure.given
-    }
-    known = {renamed(cut, path): of for path, of in structure.factors.items()}
-    mended = {kind.forward for kind in MENDS}  # their own code gives the right sizes once they are mended
-    own = {renamed(cut, g.path) for g in structure.given if type(model.get_submodule(g.path)).forward not in mended}
-    awaited = {
-        *((path, call) for path, call in right if path is not None and path in own),
-        *((path, call) for path, of in known.items() if path is not None for call in of),
-    }
-    if not awaited:
-        return small, cut
-    left: set[tuple[str, str]] = set()
-    sizes: dict[str, dict[str, dict[int, tuple[int, int]]]] = {}
-    factors: dict[str, dict[str, float]] = {}
-
-    def corrected(path: str, call: str, given: list[int]) -> list[int]:
-        wanted = right.get((path, call), given)
-        wrong = {i: (n, int(size)) for i, (n, size) in enumerate(zip(wanted, given)) if n != size}
-        if wrong:
-            sizes.setdefault(path, {})[call] = wrong
-        seen(path, call)
-        return list(wanted) if wrong else given
-
-    def dense(path: str, call: str, factor: float) -> float:
-        right_one = known.get(path, {}).get(call, factor)
-        if right_one != factor:
-            factors.setdefault(path, {})[call] = right_one
-        seen(path, call)
-        return right_one
-
-    def seen(path: str, call: str) -> None:
-        left.discard((path, call))
-        if not left:
-            raise _AllSeen
-
-    def look(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        sizes.clear()
-        factors.clear()
-        left.update(awaited)
-        with suppress(_AllSeen), mode_of(network, training=False), watched(network, Calls(corrected, dense)):
-            _seeded(network, args, kwargs)
-
-    with unchanged(small), plain_operations():
-        try:
-            look(*sizes_alone(small, args, kwargs))
-        except Exception:  # code that looks at values, or makes tensors of its own, needs them
-            try:
-                look(small, args, kwargs)
-            except Exception:  # its calls are not those of the dense run: as it is, it may run all the same
-                return small, cut
-    corrections = {p: Corrections(sizes.get(p, {}), factors.get(p, {})) for p in sorted({*sizes, *factors})}
-    for path, corrections_of_module in corrections.items():
-        correct(small.get_submodule(path), corrections_of_module)
+    corrections = _corrections(model, small, structure, cut, keep, args, kwargs) if structure.given else {}
+    for path, of_module in corrections.items():
+        correct(small.get_submodule(path), of_module)
     return small, replace(cut, corrections=corrections)
 
 
-class _AllSeen(Exception):
-    """Ends a run whose rest has nothing to tell."""
+def _corrections(
+    model: nn.Module,
+    small: nn.Module,
+    structure: Structure,
+    cut: Cut,
+    keep: Tensor,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Corrections]:
+    """By module, where its own code gives other sizes or factors than `small`, the model cut by `cut`, needs.
+
+    They come from a run of the smaller model, as far as it can need any. Where it does not run so, it has none.
+    """
+    kept = np.append(keep.cpu().numpy(), True)  # -1, the last entry: fixed slots stay
+    mended = {kind.forward for kind in MENDS}  # their own code gives the right sizes once they are mended
+    sizes: dict[tuple[str, str], list[int]] = {}
+    awaited: set[tuple[str, str]] = set()
+    for given in structure.given:
+        path = renamed(cut, given.path)
+        if path is not None:
+            key = path, given.call
+            sizes[key] = [int(kept[given.units[i]].sum()) if i in given.units else n for i, n in enumerate(given.sizes)]
+            if type(model.get_submodule(given.path)).forward not in mended:
+                awaited.add(key)
+    factors = {
+        (path, call): factor
+        for before, of in structure.factors.items()
+        if (path := renamed(cut, before)) is not None
+        for call, factor in of.items()
+    }
+
+    def run(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Corrections]:
+        def watch(calls: Calls) -> None:
+            with mode_of(network, training=False), watched(network, calls):
+                _seeded(network, args, kwargs)
+
+        return compared(watch, sizes, factors, {*awaited, *factors})
+
+    with unchanged(small), plain_operations():
+        with suppress(Exception):  # code that looks at values, or makes tensors of its own, needs them
+            return run(*sizes_alone(small, args, kwargs))
+        with suppress(Exception):  # its calls are not those of the dense run: as it is, it may run all the same
+            return run(small, args, kwargs)
+    return {}
 
 
 def _owner(name: str) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,3 +208,49 @@ class CorrectedForward:
 def correct(module: nn.Module, corrections: Corrections) -> None:
     """Let a module's forward pass run with corrected sizes and factors; in place. Its class stays what it is."""
     module.forward = CorrectedForward(module, corrections)
+
+
+class _AllSeen(Exception):
+    """Ends a run whose rest has nothing to tell."""
+
+
+def compared(
+    run: Callable[[Calls], None],
+    sizes: Mapping[tuple[str, str], Sequence[int]],
+    factors: Mapping[tuple[str, str], float],
+    awaited: Collection[tuple[str, str]],
+) -> dict[str, Corrections]:
+    """By module, the calls of a smaller model that its own code gives other sizes or factors than it needs.
+
+    `run` runs the model under the `Calls` that it is given: every (module, call) gets the `sizes` and `factors` that it
+    needs, and what it would have got otherwise is noted. When all `awaited` calls have been seen, the run ends.
+    """
+    wrong_sizes: dict[str, dict[str, dict[int, tuple[int, int]]]] = {}
+    wrong_factors: dict[str, dict[str, float]] = {}
+    left = set(awaited)
+
+    def seen(path: str, call: str) -> None:
+        left.discard((path, call))
+        if not left:
+            raise _AllSeen
+
+    def on_sizes(path: str, call: str, given: list[int]) -> list[int]:
+        right = sizes.get((path, call), given)
+        wrong = {i: (n, int(size)) for i, (n, size) in enumerate(zip(right, given)) if n != size}
+        if wrong:
+            wrong_sizes.setdefault(path, {})[call] = wrong
+        seen(path, call)
+        return list(right) if wrong else given
+
+    def on_factor(path: str, call: str, given: float) -> float:
+        right = factors.get((path, call), given)
+        if right != given:
+            wrong_factors.setdefault(path, {})[call] = right
+        seen(path, call)
+        return right
+
+    if left:
+        with suppress(_AllSeen):
+            run(Calls(on_sizes, on_factor))
+    paths = sorted({*wrong_sizes, *wrong_factors})
+    return {path: Corrections(wrong_sizes.get(path, {}), wrong_factors.get(path, {})) for path in paths}
