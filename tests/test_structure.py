@@ -1491,6 +1491,20 @@ def test_a_wrong_rule_of_the_user_is_found_by_the_trial(monkeypatch):
     assert "the largest relative error is" in reason
 
 
+def test_a_rule_that_fails_fixes_what_enters_it(monkeypatch):
+    def broken(call):
+        call.price(7)
+        raise KeyError("no such thing")
+
+    monkeypatch.setitem(nas_gate.RULES, torch.ops.aten.cumsum, broken)
+    net = between(lambda y: y.cumsum(1))
+    structure = nas_gate.analyze(net, image())
+    assert [g.name for g in structure.groups] == ["b"]
+    (reason,) = {f.reason for f in structure.fixed if f.tensor == "a.weight" and f.dim == 0}
+    assert reason == "aten.cumsum has a rule that failed: KeyError: 'no such thing'"
+    verify(net, image())
+
+
 class Spread(nn.Module):
     """Keeps its number of channels as an attribute and insists on it."""
 

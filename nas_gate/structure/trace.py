@@ -278,10 +278,6 @@ Rule = Callable[[Call], "Sequence[Sequence[Track]]"]
 """An operator's rule: reads a call, declares what must hold, returns the tracks of every tensor result."""
 
 
-class RuleError(RuntimeError):
-    """A rule of the table failed: a defect of the rule, not of the model or its inputs."""
-
-
 class _Values:
     """Values of live tensors."""
 
@@ -348,7 +344,13 @@ class _Recorder(TorchDispatchMode):
             try:
                 results = rule(call)
             except Exception as error:
-                raise RuleError(f"the rule of {call.name} failed: {type(error).__name__}: {error}") from error
+                if any(t.is_meta for t in inputs):
+                    raise  # with values it may work
+                # a defect of the rule, which the reason shows
+                del self.findings.prices[first:]
+                for track in (track for value in before for track in value.tracks):
+                    call.fix(track.labels, f"has a rule that failed: {type(error).__name__}: {error}")
+                results = [()] * len(outputs)
         else:
             results = [()] * len(outputs)
         if macs and len(self.findings.prices) == first:  # nothing is known of its units: it costs what it costs
@@ -525,8 +527,6 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The model's output on its example inputs; a ValueError that says why where the model rejects them."""
     try:
         return model(*args, **kwargs)
-    except RuleError:
-        raise
     except Exception as error:
         got = [tuple(a.shape) for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         raise ValueError(
