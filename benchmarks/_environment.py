@@ -29,13 +29,18 @@ def describe(**more: Any) -> dict[str, Any]:
     }
 
 
-PACKAGES = ("nas-gate", "torch", "torchvision", "numpy", "scipy", "torch-pruning", "timm")
+PACKAGES = ("nas-gate", "torch", "torchvision", "numpy", "scipy", "torch-pruning", "timm", "onnxruntime")
 
 
 def write(path: Path, **more: Any) -> None:
     """`describe` into a JSON file."""
+    save(path, describe(**more))
+
+
+def save(path: Path, description: dict[str, Any]) -> None:
+    """A description into a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(describe(**more), indent=2) + "\n")
+    path.write_text(json.dumps(description, indent=2) + "\n")
 
 
 def _shown(argument: str) -> str:
