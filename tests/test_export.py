@@ -398,6 +398,7 @@ def test_a_warning_where_less_than_half_of_the_saving_arrived():
         "the MACs",
         "latency did not follow MACs: PyTorch, batch 128, 1 thread: 105.0% of the dense latency, with 40.0% of "
         "the MACs",
+        "ONNX Runtime is quickest where channels are multiples of 8 or 16: search with round_to=8, or 16",
     )
     assert not_followed([at(1.2)], 1.0) == ()  # nothing was saved
 
