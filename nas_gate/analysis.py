@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,9 @@ from nas_gate.structure import (
     solve,
     trace,
 )
-from nas_gate.structure.trace import Findings, Rule, sizes_alone
+from nas_gate.structure.sizes import ways_to_run
+from nas_gate.structure.trace import Findings, Rule
 from nas_gate.structure.units import Ints
-
-LARGE = 25_000_000
-"""Parameters from which on a run takes longer than the Python that describes it without arithmetic."""
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -101,17 +100,12 @@ def analyze(
 
 
 def _findings(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rules: Mapping[Any, Rule]) -> Findings:
-    """What a run of the model shows; a large one runs without its arithmetic where it can.
-
-    Recurrent layers are run with it: they are other operations on a processor.
-    """
-    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
-    if sum(p.numel() for p in model.parameters()) >= LARGE and not recurrent:
-        try:
-            return trace(*sizes_alone(model, args, kwargs), rules, default, SIZED)
-        except Exception:  # its code looks at values, or makes tensors of its own
-            pass
-    return trace(model, args, kwargs, rules, default, SIZED)
+    """What a run of the model shows."""
+    *first, last = ways_to_run(model, args, kwargs)
+    for way in first:
+        with suppress(Exception):
+            return trace(*way, rules, default, SIZED)
+    return trace(*last, rules, default, SIZED)
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,12 @@ from nas_gate.cost import METRICS, CostModel
 from nas_gate.gating import choice_at, normalize_over_all, normalize_over_kept
 from nas_gate.modules import Choice, Zero
 from nas_gate.structure import Structure
-from nas_gate.structure.sizes import Calls, Corrections, compared, correct, watched
+from nas_gate.structure.sizes import Calls, Corrections, compared, correct, watched, ways_to_run
 from nas_gate.structure.trace import (
     macs_of,
     mode_of,
     output_tensors,
     plain_operations,
-    sizes_alone,
     tensors_of,
     unchanged,
 )
@@ -362,10 +361,9 @@ def _corrections(
         return compared(watch, sizes, factors, {*awaited, *factors})
 
     with unchanged(small), plain_operations():
-        with suppress(Exception):  # code that looks at values, or makes tensors of its own, needs them
-            return run(*sizes_alone(small, args, kwargs))
-        with suppress(Exception):  # its calls are not those of the dense run: as it is, it may run all the same
-            return run(small, args, kwargs)
+        for way in ways_to_run(small, args, kwargs):
+            with suppress(Exception):  # its calls may not be those of the dense run: as it is, it may run all the same
+                return run(*way)
     return {}
 
 

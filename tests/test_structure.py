@@ -1259,7 +1259,7 @@ def test_a_run_without_arithmetic_shows_the_same(name, monkeypatch):
     inputs = c.inputs if isinstance(c.inputs, tuple) else (c.inputs,)
     before = snapshot(model)[0]
     structure = nas_gate.analyze(model, inputs, c.kwargs)
-    monkeypatch.setattr("nas_gate.analysis.LARGE", 0)
+    monkeypatch.setattr("nas_gate.structure.sizes.LARGE", 0)
     alike = nas_gate.analyze(model, inputs, c.kwargs)
     assert alike.groups == structure.groups
     assert alike.fixed == structure.fixed
@@ -1273,7 +1273,7 @@ def test_code_that_looks_at_values_is_run_with_them(monkeypatch):
         y = self.a(x)
         return self.h(F.relu(self.b(y if x.sum() == x.sum() else -y)))
 
-    monkeypatch.setattr("nas_gate.analysis.LARGE", 0)
+    monkeypatch.setattr("nas_gate.structure.sizes.LARGE", 0)
     net = Net(forward, a=conv(3, 8), b=conv(8, 6), h=head(6))
     assert {g.name: g.size for g in nas_gate.analyze(net, image()).groups} == {"a": 8, "b": 6}
 

@@ -8,6 +8,7 @@ later. The analysis notes the calls of the dense run, and removal corrects those
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,9 +16,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import SymInt, Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 CONSTANTS = {"zeros": 0, "ones": 0, "full": 0, "new_zeros": 1, "new_ones": 1, "new_full": 1}
 """Functions whose result has one value throughout."""
@@ -154,6 +157,41 @@ def watched(model: nn.Module, calls: Calls) -> Iterator[None]:
         exits.callback(register_module_forward_hook(leave, always_call=True).remove)
         exits.enter_context(calls)
         yield
+
+
+LARGE = 50_000_000
+"""Parameters from which on a run takes longer than the Python that describes it without arithmetic."""
+
+
+def ways_to_run(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """What to run where only sizes matter, in the order to try: a large model without its arithmetic first.
+
+    That fails where code looks at values, or makes tensors of its own. Recurrent layers are run with arithmetic only:
+    they are other operations on a processor.
+    """
+    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+    large = sum(p.numel() for p in model.parameters()) >= LARGE and not recurrent
+    return [*([sizes_alone(model, args, kwargs)] if large else []), (model, tuple(args), dict(kwargs))]
+
+
+def sizes_alone(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A copy of the model and its arguments whose numbers are on the meta device, where a run takes no arithmetic.
+
+    Tensors of integers and booleans are kept: they are places, which decide what meets what.
+    """
+
+    def empty(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return value
+        bare = torch.empty_like(value, device="meta")
+        return nn.Parameter(bare, value.requires_grad) if isinstance(value, nn.Parameter) else bare
+
+    model = copy.deepcopy(model, {id(t): empty(t) for t in (*model.parameters(), *model.buffers())})
+    return model, *tree_map(empty, (tuple(args), dict(kwargs)))
 
 
 @dataclass(frozen=True)

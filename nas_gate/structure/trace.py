@@ -6,7 +6,6 @@ The run is eager, under a dispatch mode: any model that runs can be read, whatev
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -476,24 +475,6 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
             seen[id(tensor)] = name
             result[name] = tensor
     return result
-
-
-def sizes_alone(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A copy of the model and its arguments whose numbers are on the meta device, where a run takes no arithmetic.
-
-    Tensors of integers and booleans are kept: they are places, which decide what meets what.
-    """
-
-    def empty(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-            return value
-        bare = torch.empty_like(value, device="meta")
-        return nn.Parameter(bare, value.requires_grad) if isinstance(value, nn.Parameter) else bare
-
-    model = copy.deepcopy(model, {id(t): empty(t) for t in (*model.parameters(), *model.buffers())})
-    return model, *pytree.tree_map(empty, (tuple(args), dict(kwargs)))
 
 
 def macs_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
