@@ -592,8 +592,9 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
         for module, norm, over in norms:
             normalize_over_kept(module, norm, over.to(like.device, torch.promote_types(like.dtype, torch.float32)))
             exits.callback(normalize_over_all, module)
-        exits.callback(inputs.restore)
-        exits.enter_context(inputs)
+        if inputs.masks:
+            exits.callback(inputs.restore)
+            exits.enter_context(inputs)
         yield
 
 

@@ -94,7 +94,15 @@ COMMAND = [
 def started(folder: Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "nas_gate.cli", *COMMAND]
     given = environment(OMP_NUM_THREADS="1")
-    return subprocess.Popen(command, cwd=folder, env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=given,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
 
 
 def after_an_epoch(process: "subprocess.Popen[str]", checkpoint: Path) -> int:
