@@ -13,6 +13,14 @@ from nas_gate.search import search
 DENSE = {"dense_accuracy": 0.95, "dense_macs": 1_000_000, "dense_params": 100_000}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_data_root_of_the_user():
+    """What the settings of a run are must not depend on the environment that the tests run in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("NAS_GATE_DATA", raising=False)
+        yield
+
+
 def set_json(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file; dots lead into mappings, as in budget.arguments.weight."""
     content = json.loads(path.read_text())
