@@ -198,7 +198,7 @@ def smaller_size(name: str, model: nn.Module, size: tuple[int, ...]) -> tuple[in
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(2, *small))
-    except Exception:
+    except Exception:  # it needs another size
         return size
     return small
 

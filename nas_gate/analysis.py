@@ -103,7 +103,7 @@ def _findings(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], r
     """What a run of the model shows."""
     *first, last = ways_to_run(model, args, kwargs)
     for way in first:
-        with suppress(Exception):
+        with suppress(Exception):  # its code needs values; what is wrong with the model shows in the last run, too
             return trace(*way, rules, default, SIZED)
     return trace(*last, rules, default, SIZED)
 

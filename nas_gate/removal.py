@@ -26,14 +26,7 @@ from nas_gate.gating import choice_at, normalize_over_all, normalize_over_kept
 from nas_gate.modules import Choice, Zero
 from nas_gate.structure import Structure
 from nas_gate.structure.sizes import Calls, Corrections, compared, correct, watched, ways_to_run
-from nas_gate.structure.trace import (
-    macs_of,
-    mode_of,
-    output_tensors,
-    plain_operations,
-    tensors_of,
-    unchanged,
-)
+from nas_gate.structure.trace import macs_of, mode_of, output_tensors, plain_operations, tensors_of, unchanged
 
 TOLERANCE = 1e-4
 """Largest allowed error between gated and removed model, relative to the largest output, in float32."""
@@ -41,7 +34,7 @@ TOLERANCE = 1e-4
 AT_ONCE = 2**24
 """Elements of a tensor above which all its dimensions are cut at once; below, one after another is quicker."""
 
-LARGE = 2**20
+WIDE = 2**20
 """Elements of a linear layer's weight above which its closed columns are closed at the layer's input."""
 
 DOUBT = 1e-5
@@ -575,7 +568,7 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
     for gate in structure.gates:
         weight = weights.get(gate.tensor, own[gate.tensor].data)
         mask = torch.from_numpy(kept[gate.units]).to(weight)
-        if gate.dim == 1 and weight.numel() >= LARGE and type(model.get_submodule(_owner(gate.tensor))) is nn.Linear:
+        if gate.dim == 1 and weight.numel() >= WIDE and type(model.get_submodule(_owner(gate.tensor))) is nn.Linear:
             inputs.masks[id(own[gate.tensor])] = mask
             continue
         weights[gate.tensor] = weight * mask.reshape([-1 if d == gate.dim else 1 for d in range(weight.dim())])

@@ -17,7 +17,6 @@ QUICK = ["experiment=debug", "model.arguments.width=0.25", "training.gating.lear
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NAS_GATE_DATA", raising=False)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the command sets it; put back afterwards
 
 

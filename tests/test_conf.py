@@ -53,8 +53,7 @@ def test_every_model_file_builds(name: str, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("name", GROUPS["data"])
-def test_every_data_file_names_arguments_that_its_set_takes(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("NAS_GATE_DATA", raising=False)
+def test_every_data_file_names_arguments_that_its_set_takes(name: str):
     settings = settings_of(composed(chosen("data", name)))
     if name in ("digits", "shapes"):
         assert search.load_data(settings).image_size == {"digits": (8, 8), "shapes": (32, 32)}[name]

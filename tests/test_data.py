@@ -24,11 +24,6 @@ from nas_gate.data import (
 CONF = Path(__file__).parent.parent / "conf" / "data"
 
 
-@pytest.fixture(autouse=True)
-def no_root(monkeypatch):
-    monkeypatch.delenv("NAS_GATE_DATA", raising=False)
-
-
 def epoch_of(loader, epoch=0):
     loader.set_epoch(epoch)
     return list(loader)

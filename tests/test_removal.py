@@ -178,7 +178,7 @@ class Tied(nn.Module):
         return self.out(y) + y @ self.out.weight.t()
 
 
-@pytest.mark.parametrize("large", [0, removal.LARGE])
+@pytest.mark.parametrize("wide", [0, removal.WIDE])
 @pytest.mark.parametrize(
     ("model", "example"),
     [
@@ -191,9 +191,9 @@ class Tied(nn.Module):
     ],
 )
 def test_a_closed_model_computes_what_the_gated_one_does(
-    model: nn.Module, example: torch.Tensor, large: int, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, example: torch.Tensor, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(removal, "LARGE", large)
+    monkeypatch.setattr(removal, "WIDE", wide)
     gated = nas_gate.attach(model.eval(), example)
     keep = half(gated.structure)
     gated.gates.weight.data = torch.where(keep, 1.0, -1.0)

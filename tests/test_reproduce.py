@@ -41,10 +41,7 @@ def shipped() -> Shipped:
         (["data=npz", "data.path='it\\'s mine, 1.npz'"], ["data=npz", "data.path='it\\'s mine, 1.npz'"]),
     ],
 )
-def test_composing_the_overrides_gives_the_settings_back(
-    shipped: Shipped, asked: list[str], shortest: list[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.delenv("NAS_GATE_DATA", raising=False)
+def test_composing_the_overrides_gives_the_settings_back(shipped: Shipped, asked: list[str], shortest: list[str]):
     settings = describe(cli.settings_of(cli.composed(asked)))
     found = overrides(settings, shipped)
     assert describe(cli.settings_of(cli.composed(found))) == settings
@@ -52,8 +49,7 @@ def test_composing_the_overrides_gives_the_settings_back(
     assert sorted(found) == sorted(shortest)
 
 
-def test_every_shipped_file_is_its_own_shortest_command(shipped: Shipped, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("NAS_GATE_DATA", raising=False)
+def test_every_shipped_file_is_its_own_shortest_command(shipped: Shipped):
     default = {"model": "digits_cnn", "data": "digits", "gate": "trainable", "budget": "penalty", "training": "default"}
     default["task"] = "classification"
     for group, choices in shipped.choices.items():

@@ -499,7 +499,6 @@ def changed(**change: Any) -> Settings:
 def test_bad_input_is_refused_before_any_training(
     make: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.delenv("NAS_GATE_DATA", raising=False)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setattr(search, "fit", None)
     with pytest.raises(ValueError, match=message):
