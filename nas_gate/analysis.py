@@ -6,7 +6,6 @@ and compares. What does not hold is fixed with the reason, so that a group that 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_map
 from nas_gate import landing
 from nas_gate.gates import Gate
 from nas_gate.gating import GatedModel, plain, refuse_optimizers_of
+from nas_gate.modules import copied
 from nas_gate.removal import (
     SIZED,
     RemovalError,
@@ -209,7 +209,7 @@ def attach(
     its inputs or has no removable unit.
     """
     structure = analyze(model, example_inputs, keywords, rules, depth)
-    gated = GatedModel(copy.deepcopy(model), structure, gate, arguments(example_inputs, keywords))
+    gated = GatedModel(copied(model), structure, gate, arguments(example_inputs, keywords))
     gated.training = model.training  # the model's own modules keep the modes that they are in
     gated.gates.train(model.training)
     refuse_optimizers_of(model)

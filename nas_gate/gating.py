@@ -8,7 +8,6 @@ are replaced for one call by `torch.func.functional_call`, so the model keeps it
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
@@ -23,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from nas_gate.cost import CostModel, check_budgets
 from nas_gate.gates import Gate, TrainableGate
 from nas_gate.latency_table import LatencyTable
-from nas_gate.modules import Choice
+from nas_gate.modules import Choice, copied
 from nas_gate.structure import Norm, Structure
 
 
@@ -77,10 +76,10 @@ def normalize_over_kept(module: nn.Module, norm: Norm, kept: Tensor) -> None:
 def _stretched(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     input, dim, kept = args[0], module.kept_norm.dim, module.kept
     keep = kept.view([-1 if d == dim else 1 for d in range(input.dim())])
-    filled = input * keep
+    stretched = input * (keep / kept.mean().sqrt())
     if module.kept_norm.centred:
-        filled = filled + filled.sum(dim, keepdim=True) / kept.sum() * (1 - keep)
-    return (filled / kept.mean().sqrt()).to(input.dtype), *args[1:]
+        stretched = torch.addcmul(stretched, stretched.sum(dim, keepdim=True) / kept.sum(), 1 - keep)
+    return stretched.to(input.dtype), *args[1:]
 
 
 def _as_it_was(module: Any, args: Any, out: Any) -> Any:
@@ -105,7 +104,7 @@ def plain(model: nn.Module) -> nn.Module:
     if not any(normalizes_over_kept(m) or (isinstance(m, Choice) and m.keep is not None) for m in model.modules()):
         return model
     tensors = [*model.parameters(), *model.buffers()]
-    model = copy.deepcopy(model, {id(t): t for t in tensors})
+    model = copied(model, {id(t): t for t in tensors})
     for module in model.modules():
         if normalizes_over_kept(module):
             normalize_over_all(module)

@@ -1,12 +1,25 @@
-"""Modules of ours in a user's network: a choice among operators, and the zero that a closed branch leaves."""
+"""Modules of ours in a user's network: a choice among operators, the zero of a closed branch; copies of networks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def copied(model: nn.Module, tensors: Mapping[int, Any] | None = None) -> nn.Module:
+    """What copy.deepcopy gives, in half the time; `tensors` takes the place of those with these identities.
+
+    Every module holds about ten empty tables of hooks, which copy.deepcopy takes longer for than for all the rest.
+    """
+    memo = dict(tensors or {})
+    for module in model.modules():
+        memo.update({id(v): OrderedDict() for v in vars(module).values() if type(v) is OrderedDict and not v})
+    return copy.deepcopy(model, memo)
 
 
 class Zero(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -18,13 +17,14 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from nas_gate.attention import HeadsAttention
 from nas_gate.cost import METRICS, CostModel
 from nas_gate.gating import choice_at, normalize_over_all, normalize_over_kept
-from nas_gate.modules import Choice, Zero
+from nas_gate.modules import Choice, Zero, copied
 from nas_gate.structure import Structure
+from nas_gate.structure.graph import found_in
 from nas_gate.structure.sizes import Calls, Corrections, compared, correct, watched, ways_to_run
 from nas_gate.structure.trace import macs_of, mode_of, output_tensors, plain_operations, tensors_of, unchanged
 
@@ -251,18 +251,16 @@ def cut_model(model: nn.Module, cut: Cut) -> nn.Module:
                 )
         new = cut_tensor(old.detach(), slots)
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    small = copy.deepcopy(model, memo)
-    owners = [_owner(name).split(".") for name, old in tensors.items() if id(old) in memo]
-    changed = {".".join(parts[:end]) for parts in owners for end in range(len(parts) + 1)}
+    small = copied(model, memo)
     before = dict(model.named_modules())
     with mode_of(small, training=False):  # reading a parametrized weight may change its buffers in training mode
         for path, module in small.named_modules():
-            if path in changed or path in cut.widths:
-                for kind in type(module).__mro__:
-                    if kind in MENDS:
-                        MENDS[kind](module, before[path], cut.widths.get(path))
-                        break
-    small = _without(small, cut)
+            for kind in type(module).__mro__:
+                if kind in MENDS:
+                    MENDS[kind](module, before[path], cut.widths.get(path))
+                    break
+    if cut.zeros or cut.loose or cut.choices:
+        small = _without(small, cut)
     for path, corrections in cut.corrections.items():
         correct(_module(small, path), corrections)
     return small
@@ -568,7 +566,7 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
     for gate in structure.gates:
         weight = weights.get(gate.tensor, own[gate.tensor].data)
         mask = torch.from_numpy(kept[gate.units]).to(weight)
-        if gate.dim == 1 and weight.numel() >= WIDE and type(model.get_submodule(_owner(gate.tensor))) is nn.Linear:
+        if gate.dim == 1 and weight.numel() > WIDE and type(model.get_submodule(_owner(gate.tensor))) is nn.Linear:
             inputs.masks[id(own[gate.tensor])] = mask
             continue
         weights[gate.tensor] = weight * mask.reshape([-1 if d == gate.dim else 1 for d in range(weight.dim())])
@@ -607,7 +605,7 @@ class _ClosedInputs(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear and len(args) > 1 and id(args[1]) in self.masks and id(args[0]) not in self.masks:
             return func(args[0] * self.masks[id(args[1])], *args[1:], **kwargs)
-        for leaf in tree_leaves((args, kwargs)):
+        for leaf in found_in((*args, *kwargs.values()), Tensor):
             mask = self.masks.pop(id(leaf), None)
             if mask is not None:
                 self._before.append((leaf, leaf.data))

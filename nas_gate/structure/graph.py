@@ -9,11 +9,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,17 @@ class Ref:
     node: int
 
 
+def found_in(values: Iterable[Any], kind: type[_T]) -> list[_T]:
+    """All of a kind among the arguments or results of an ATen operation, and in the lists among them, in order."""
+    found: list[_T] = []
+    for value in values:
+        if isinstance(value, kind):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += found_in(value, kind)
+    return found
+
+
 class Graph:
     """The nodes of a run, each with the nodes that consume it."""
 
@@ -60,19 +72,15 @@ class Graph:
 
     def references(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments with their tensors as they are now, before an operation in place changes them."""
-        return {
-            name: pytree.tree_map(lambda a: self._reference(a) if isinstance(a, Tensor) else a, value)
-            for name, value in arguments.items()
-        }
+        return {name: self._referenced(value) for name, value in arguments.items()}
 
     def record(
         self, op: Any, where: str, arguments: Mapping[str, Any], outputs: Iterable[Tensor], prices: range, macs: int
     ) -> None:
         """An operation that has run; `arguments` are those of `references`."""
-        found = [a.node for a in pytree.tree_leaves(list(arguments.values())) if isinstance(a, Ref)]
         outputs = list(outputs)
         sizes = tuple(tuple(o.shape) for o in outputs)
-        sources = tuple(dict.fromkeys(found))
+        sources = tuple(dict.fromkeys(ref.node for ref in found_in(arguments.values(), Ref)))
         index = self._add(Node(op, where, None, arguments, sources, sizes, prices, macs))
         for tensor in outputs:
             self._of[tensor] = index
@@ -95,10 +103,17 @@ class Graph:
         if self.tuples.setdefault(path, shape) != shape:
             self.tuples[path] = "gives different things in different calls"
 
+    def _referenced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._reference(value)
+        return [self._referenced(v) for v in value] if isinstance(value, (list, tuple)) else value
+
     def _reference(self, tensor: Tensor) -> Ref:
-        if tensor not in self._of:
+        node = self._of.get(tensor)
+        if node is None:
             self.leaf(tensor, "")
-        return Ref(self._of[tensor])
+            node = self._of[tensor]
+        return Ref(node)
 
     def _add(self, node: Node) -> int:
         index = len(self.nodes)

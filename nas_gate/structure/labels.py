@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Track:
     labels: Tensor
     weight: bool = False
 
-    @property
+    @cached_property
     def dims(self) -> tuple[int, ...]:
         """The dimensions that the labels vary over."""
         return tuple(d for d, size in enumerate(self.labels.shape) if size > 1)
@@ -83,14 +84,16 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
 
 def reshape(labels: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
     """The labels of `value.reshape(after)`; only the dimensions that are merged or split are expanded."""
-    expanded, target = list(labels.shape), [1] * len(after)
+    expanded, target, split = list(labels.shape), [1] * len(after), False
     for left, right in blocks(before, after):
         if any(labels.shape[d] > 1 for d in left):
+            split |= len(right) > 1
             for d in left:
                 expanded[d] = before[d]
             for d in right:
                 target[d] = after[d]
-    return compress(labels.expand(expanded).reshape(target))
+    result = labels.expand(expanded).reshape(target)
+    return compress(result) if split else result
 
 
 def axis(labels: Tensor, dim: int) -> Tensor:
@@ -102,6 +105,9 @@ def axis(labels: Tensor, dim: int) -> Tensor:
 
 
 def where(labels: Tensor, other: Tensor) -> Tensor:
-    """`labels` with its gaps filled from `other`, broadcast."""
-    labels, other = torch.broadcast_tensors(labels, other)
-    return torch.where(labels >= 0, labels, other)
+    """`labels` with its gaps filled from `other`, broadcast, of size 1 along what they are constant over."""
+    wide, other = torch.broadcast_tensors(labels, other)
+    known = labels >= 0
+    if wide.shape == labels.shape and bool(known.all()):
+        return labels
+    return compress(torch.where(known, wide, other))

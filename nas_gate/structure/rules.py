@@ -66,7 +66,7 @@ def join(call: Call, values: Sequence[Value], keep_weight: bool = False) -> Trac
                     # the first operand's own labels stay, for a gate must find the weight it multiplies
                     labels, weight = lb.where(theirs.labels, labels), weight or theirs.weight
                 members = members | operands
-            merged = [*apart, (Track(lb.compress(labels), weight), members)]
+            merged = [*apart, (Track(labels, weight), members)]
     for track, operands in merged:
         for i, shape in enumerate(shapes):
             met = [d for d in track.dims if i not in operands and shape[d] > 1]
@@ -415,6 +415,7 @@ def _carried(call: Call, value: Value, dims: Sequence[int], verb: str) -> Tracks
                 labels = labels.narrow(d, 0, 1)
             if inside:
                 call.equate(labels, track.labels)
+                labels = lb.compress(labels)
         result.append(Track(labels))
     return tuple(result)
 
@@ -613,7 +614,7 @@ def _same_over(call: Call, track: Track, dim: int) -> list[Track]:
     if first.numel() == 1:
         call.fix(first, "sums over its units without a weight")
         return []
-    return [Track(first)]
+    return [Track(lb.compress(first))]
 
 
 def mm(call: Call) -> Results:
@@ -653,6 +654,7 @@ def _side(call: Call, w: Value, dim: int) -> Track | None:
             continue
         others = [d for d in range(len(w.shape)) if d != dim]
         labels = _carried(call, Value(w.shape, (track,)), others, "mixes")[0].labels
+        labels = labels.expand([w.shape[d] if d == dim else 1 for d in range(len(w.shape))])
         if side is None:
             side = Track(labels, track.weight)
         else:

@@ -8,7 +8,6 @@ later. The analysis notes the calls of the dense run, and removal corrects those
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,6 +20,8 @@ from torch import SymInt, Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+
+from nas_gate.modules import copied
 
 CONSTANTS = {"zeros": 0, "ones": 0, "full": 0, "new_zeros": 1, "new_ones": 1, "new_full": 1}
 """Functions whose result has one value throughout."""
@@ -190,7 +191,7 @@ def sizes_alone(
         bare = torch.empty_like(value, device="meta")
         return nn.Parameter(bare, value.requires_grad) if isinstance(value, nn.Parameter) else bare
 
-    model = copy.deepcopy(model, {id(t): empty(t) for t in (*model.parameters(), *model.buffers())})
+    model = copied(model, {id(t): empty(t) for t in (*model.parameters(), *model.buffers())})
     return model, *tree_map(empty, (tuple(args), dict(kwargs)))
 
 

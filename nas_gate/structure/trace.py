@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nas_gate.modules import Choice
 from nas_gate.structure import labels as lb
-from nas_gate.structure.graph import Graph, Node
+from nas_gate.structure.graph import Graph, Node, found_in
 from nas_gate.structure.labels import Track, Value
 from nas_gate.structure.sizes import CONSTANTS, Calls, watched
 
@@ -242,11 +243,11 @@ class Call:
 
     def tensors(self) -> list[Tensor]:
         """All tensor arguments in order."""
-        return [a for a in pytree.tree_leaves(list(self.arguments.values())) if isinstance(a, Tensor)]
+        return found_in(self.arguments.values(), Tensor)
 
     def outputs(self) -> list[Tensor]:
         """All tensor results in order."""
-        return [o for o in pytree.tree_leaves(self.out) if isinstance(o, Tensor)]
+        return found_in((self.out,), Tensor)
 
     def fix(self, labels: Tensor, because: str) -> None:
         """Fix labels; `because` follows the operation's name in the reason."""
@@ -291,6 +292,12 @@ class _Values:
         self._of[tensor] = value
 
 
+@cache
+def _defaults(func: Any) -> dict[str, Any]:
+    """The arguments of an ATen operation by their schema names, with what they are where none is given."""
+    return {a.name: a.default_value for a in func._schema.arguments}
+
+
 class _Recorder(TorchDispatchMode):
     """Runs every operation as it is, then its rule."""
 
@@ -322,9 +329,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        names = [a.name for a in func._schema.arguments]
-        defaults = {a.name: a.default_value for a in func._schema.arguments[len(args) :] if a.name not in kwargs}
-        arguments = {**dict(zip(names, args)), **defaults, **kwargs}
+        defaults = _defaults(func)
+        arguments = {**defaults, **dict(zip(defaults, args)), **kwargs}
         call = Call(func, arguments, None, self.where(), self.values, self.findings, self.graph.made)
         inputs = call.tensors()
         before = [self.values.of(t) for t in inputs]

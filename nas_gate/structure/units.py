@@ -20,6 +20,9 @@ from nas_gate.structure.trace import CHOICE, KERNEL, WIDTH, Crossing, Findings, 
 Ints = npt.NDArray[np.int64]
 FIXED = -1
 
+LARGE = 4096
+"""Equalities of one operation above which those that tell nothing new are taken out first."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -229,9 +232,9 @@ def solve(findings: Findings, refused: Iterable[tuple[Ints, str]] = ()) -> Struc
         gated[labels.numpy()] = True
     while True:
         unit, reason = _components(findings.count, equal, fixes)
-        ties, refusals = _crossed(findings.crossings, torch.from_numpy(unit))
+        ties, refusals = _crossed(findings.crossings, unit)
         if not ties and not refusals:
-            ties, refusals = _rectangles(findings.tracks, torch.from_numpy(unit))
+            ties, refusals = _rectangles(findings.tracks, unit)
         if not ties and not refusals:
             refusals = _uncut(findings.movements, unit) or _ungated(unit, gated)
         if not ties and not refusals:
@@ -249,10 +252,10 @@ def _components(
     count: int, equal: Sequence[tuple[Tensor, Tensor]], fixes: Sequence[tuple[Tensor, str]]
 ) -> tuple[Ints, Ints]:
     """The component of every label (-1 where fixed), and the index of its first reason (-1 where free)."""
-    a, b = (torch.cat([p[i] for p in equal]).numpy() if equal else np.zeros(0, dtype=np.int64) for i in (0, 1))
-    graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count))
-    components, unit = connected_components(graph, directed=False)
-    unit = unit.astype(np.int64)
+    # the large ones repeat a few pairs many times: once the small ones have joined most labels, little is left of them
+    unit = _joined(np.arange(count), [pair for pair in equal if len(pair[0]) <= LARGE])
+    unit = _joined(unit, [pair for pair in equal if len(pair[0]) > LARGE])
+    components = int(unit.max(initial=-1)) + 1
     reason = np.full(components, len(fixes), dtype=np.int64)
     for i, (labels, _) in enumerate(fixes):
         where = unit[labels.numpy()]
@@ -261,12 +264,23 @@ def _components(
     return np.where(reason[unit] >= 0, FIXED, unit), reason[unit]
 
 
-def _seen(labels: Tensor, unit: Tensor) -> Tensor:
-    """The unit at every place; -1 where there is no label or it is fixed."""
-    return torch.where(labels >= 0, unit[labels.clamp(min=0)], FIXED)
+def _joined(unit: Ints, equal: Sequence[tuple[Tensor, Tensor]]) -> Ints:
+    """The component of every label when the components of labels in the same place of `equal` are joined, too."""
+    count, pairs = int(unit.max(initial=-1)) + 1, []
+    for a, b in ((unit[a.numpy()], unit[b.numpy()]) for a, b in equal):
+        pairs.append(np.unique(a[a != b] * count + b[a != b]) if len(a) > LARGE else a * count + b)
+    first, second = np.divmod(np.concatenate([*pairs, np.zeros(0, np.int64)]), max(count, 1))
+    graph = coo_matrix((np.ones(len(first), dtype=np.int8), (first, second)), shape=(count, count))
+    joined: Ints = connected_components(graph, directed=False)[1][unit].astype(np.int64)
+    return joined
 
 
-def _rectangles(tracks: Sequence[Tensor], unit: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
+def _seen(labels: Tensor, unit: Ints) -> Tensor:
+    """The unit at every place, `unit` being that of every label; -1 where there is no label or it is fixed."""
+    return torch.from_numpy(np.where(labels.numpy() >= 0, unit[labels.numpy()], FIXED))
+
+
+def _rectangles(tracks: Sequence[Tensor], unit: Ints) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
     """Equalities that make every value's cut a rectangle: units vary over one dimension of it at most.
 
     Of the dimensions that they vary over, the smallest is given up, for that leaves the most units.
@@ -283,9 +297,7 @@ def _rectangles(tracks: Sequence[Tensor], unit: Tensor) -> tuple[list[tuple[Tens
     return wanted.equal, wanted.fixed
 
 
-def _crossed(
-    crossings: Sequence[Crossing], unit: Tensor
-) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
+def _crossed(crossings: Sequence[Crossing], unit: Ints) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, str]]]:
     """What follows from crossings for the units known so far."""
     wanted = Findings()
     for c in crossings:
@@ -352,7 +364,7 @@ class _Axes:
     def __init__(self, findings: Findings, unit: Ints) -> None:
         self.sizes: list[int] = [s.size for s in findings.slots]
         self.along: list[Ints] = [unit[s.start : s.start + s.size] for s in findings.slots]
-        self.unit, self._unit = unit, torch.from_numpy(unit)
+        self.unit = unit
         self._known: dict[bytes, int] = {}
         self.priced = [
             (p, tuple(a for size, dim, tracks in p.axes if (a := self._axis(size, dim, tracks)) is not None))
@@ -391,7 +403,7 @@ class _Axes:
     def _axis(self, size: int, dim: int, tracks: Sequence[lb.Track]) -> int | None:
         """The index of a priced axis, labels as units; None for an axis of size 1."""
         for track in tracks:
-            seen = lb.compress(_seen(track.labels, self._unit))
+            seen = lb.compress(_seen(track.labels, self.unit))
             if seen.shape[dim] > 1:
                 return self._add(lb.axis(seen, dim).numpy())
         return None if size == 1 else self._add(np.full(size, FIXED, dtype=np.int64))
@@ -455,7 +467,7 @@ def _structure(
     modelled = sum(t.coefficient * math.prod(axes.sizes[a] for a in t.axes) for t in macs)
 
     def units_of(labels: Tensor) -> Ints:
-        units: Ints = axes.number[_seen(labels, torch.from_numpy(axes.unit)).numpy()]
+        units: Ints = axes.number[_seen(labels, axes.unit).numpy()]
         return units
 
     widths = [Slots(path, 1, units_of(labels)) for path, labels in findings.widths.items()]
@@ -522,12 +534,12 @@ def _with_switches(structure: Structure, findings: Findings, fixed: Mapping[int,
 
 def _given(findings: Findings, axes: _Axes) -> Iterable[Given]:
     """The sizes that modules gave, with the units along them; none where no unit stands along any."""
-    unit, found = torch.from_numpy(axes.unit), []
+    found = []
     for g in findings.given:
         along = {}
         for position, (dim, tracks) in g.tracks.items():
             for track in tracks:
-                seen = lb.compress(_seen(track.labels, unit))
+                seen = lb.compress(_seen(track.labels, axes.unit))
                 if seen.shape[dim] == g.sizes[position] > 1:
                     units = axes.number[lb.axis(seen, dim).numpy()]
                     if (units != FIXED).any():
