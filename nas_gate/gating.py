@@ -74,11 +74,15 @@ def normalize_over_kept(module: nn.Module, norm: Norm, kept: Tensor) -> None:
 
 
 def _stretched(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    input, dim, kept = args[0], module.kept_norm.dim, module.kept
-    keep = kept.view([-1 if d == dim else 1 for d in range(input.dim())])
+    input, norm, kept = args[0], module.kept_norm, module.kept
+    keep = kept.view([-1 if d == norm.dim else 1 for d in range(input.dim())])
     stretched = input * (keep / kept.mean().sqrt())
-    if module.kept_norm.centred:
-        stretched = torch.addcmul(stretched, stretched.sum(dim, keepdim=True) / kept.sum(), 1 - keep)
+    if norm.groups:
+        grouped, keep = (t.reshape(len(t), norm.groups, len(kept) // norm.groups, -1) for t in (stretched, keep))
+        mean = grouped.sum((2, 3), keepdim=True) / (keep.sum(2, keepdim=True) * grouped.shape[3])
+        stretched = torch.addcmul(grouped, mean, 1 - keep).view(input.shape)
+    elif norm.centred:
+        stretched = torch.addcmul(stretched, stretched.sum(norm.dim, keepdim=True) / kept.sum(), 1 - keep)
     return stretched.to(input.dtype), *args[1:]
 
 

@@ -102,8 +102,10 @@ def _mend_norm(new: Any, old: Any, width: int | None) -> None:
 
 
 def _mend_group_norm(new: Any, old: Any, width: int | None) -> None:
-    if width is not None:  # its units go only where every channel is a group of its own
-        new.num_groups = new.num_channels = width
+    channels = width if new.weight is None else len(new.weight)
+    if channels is not None:
+        new.num_groups = channels if old.num_groups == old.num_channels else old.num_groups
+        new.num_channels = channels
 
 
 def _mend_layer_norm(new: Any, old: Any, width: int | None) -> None:

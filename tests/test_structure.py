@@ -781,9 +781,37 @@ def layer_norm_over_places():
     )
 
 
-@case({"b": 6}, fixed={"a.weight:0": "aten.native_group_norm in n mixes what the units hold"})
+@case({"a": 4, "b": 6}, slots={"a": {"n.weight:0": 2}})
 def group_norm():
     return Net(lambda s, x: s.h(s.b(s.n(s.a(x)))), a=conv(3, 8), n=nn.GroupNorm(2, 8), b=conv(8, 6), h=head(6))
+
+
+@case({"a": 8, "b": 6}, slots={"a": {"n.weight:0": 1}})
+def group_norm_of_all_channels():
+    return Net(
+        lambda s, x: s.h(s.b(s.m(s.n(s.a(x))))),
+        a=conv(3, 8),
+        n=nn.GroupNorm(1, 8),
+        m=nn.GroupNorm(1, 8, affine=False),
+        b=conv(8, 6),
+        h=head(6),
+    )
+
+
+@case({"a": 4, "b": 6})
+def group_norm_of_vectors():
+    return Net(
+        lambda s, x: s.h(s.n(s.b(s.a(x)).mean((2, 3)))),
+        a=conv(3, 4),
+        b=conv(4, 6),
+        n=nn.GroupNorm(1, 6),
+        h=nn.Linear(6, 3),
+    )
+
+
+@case({"b": 6}, fixed={"a.weight:0": "aten.native_group_norm mixes what the units hold"})
+def group_norm_without_a_module():
+    return Net(lambda s, x: s.h(s.b(F.group_norm(s.a(x), 2))), a=conv(3, 8), b=conv(8, 6), h=head(6))
 
 
 @case({"a": 8, "b": 6}, slots={"a": {"n.weight:0": 1}})

@@ -491,9 +491,14 @@ def _channel(value: Value, rank: int) -> Value:
 
 def layer_norm(call: Call) -> Results:
     """Statistics over the last dimension, if a module of their own takes them, run over kept slots; else they mix."""
+    weight, fit = _scale(call)
+    return _normalized(call, ("weight", "bias"), True, weight, fit)
+
+
+def _scale(call: Call) -> tuple[str | None, bool]:
+    """The parameter that scales a norm's result, and whether the scale is known: there is that parameter, or none."""
     weight = None if call["weight"] is None else call.made(call["weight"]).leaf
-    plain = call["weight"] is None and call["bias"] is None
-    return _normalized(call, ("weight", "bias"), True, weight, bool(weight) or plain)
+    return weight, bool(weight) or (call["weight"] is None and call["bias"] is None)
 
 
 def rms_norm(call: Call) -> Results:
@@ -513,7 +518,7 @@ def _normalized(call: Call, factors: Sequence[str], centred: bool, weight: str |
     return [join(call, values), *[()] * (len(call.outputs()) - 1)]
 
 
-def _is_norm_of_units(call: Call, track: Track, over: int, centred: bool, weight: str | None) -> bool:
+def _is_norm_of_units(call: Call, track: Track, over: int, centred: bool, weight: str | None, groups: int = 0) -> bool:
     """Whether a module's statistics over this track can be taken over kept slots; notes the module if so.
 
     They can where the units run along one dimension of the module's own input, for there they are closed.
@@ -525,18 +530,29 @@ def _is_norm_of_units(call: Call, track: Track, over: int, centred: bool, weight
     for dim in range(len(entering.shape)):
         for t in entering.over(dim):
             if t.dims == (dim,) and torch.equal(lb.axis(t.labels, dim), labels):
-                known = call.findings.norms.setdefault(call.where, Normed(dim, labels, centred, weight))
+                known = call.findings.norms.setdefault(call.where, Normed(dim, labels, centred, weight, groups))
                 call.equate(known.labels, labels)
-                return (known.dim, known.centred, known.weight) == (dim, centred, weight)
+                noted = known.dim, known.centred, known.weight, known.groups
+                return noted == (dim, centred, weight, groups)
     return False
 
 
 def group_norm(call: Call) -> Results:
-    """Statistics over groups of channels mix them; with one channel in each group it is an instance norm."""
-    x = call.value(call["input"])
+    """Statistics over groups of channels: over kept slots in a module of their own, else they mix the channels.
+
+    Every group keeps the same positions. With one channel in each group it is an instance norm.
+    """
+    x, groups = call.value(call["input"]), call["group"]
     rank = len(x.shape)
-    alone = call["group"] == call["C"]
-    mixed = [d for d in range(rank) if d > 1] if alone else list(range(1, rank))
+    mixed = list(range(2, rank))
+    if groups < call["C"]:
+        weight, fit = _scale(call)
+        if fit and all(_is_norm_of_units(call, t, 1, True, weight, groups) for t in x.over(1)):
+            for track in x.over(1):
+                place = track.labels.reshape(groups, -1)
+                call.equate(place[:1], place)
+        else:
+            mixed = [1, *mixed]
     values = [Value(x.shape, _carried(call, x, mixed, "mixes"), x.why)]
     values += [_channel(call.value(call[n]), rank) for n in ("weight", "bias") if call[n] is not None]
     return [join(call, values), *[()] * (len(call.outputs()) - 1)]

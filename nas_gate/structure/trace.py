@@ -110,13 +110,15 @@ class Normed:
     """A module whose statistics run over the slots along dimension `dim` of its input.
 
     A layer norm is `centred` (its mean is taken away), an RMS norm is not. `weight` names the parameter that scales its
-    result before anything is added to it; None where nothing is.
+    result before anything is added to it; None where nothing is. `groups` are those of a group norm, whose statistics
+    run over all places of a group, too (0: over the slots of one place).
     """
 
     dim: int
     labels: Tensor
     centred: bool
     weight: str | None
+    groups: int = 0
 
 
 @dataclass(frozen=True)
@@ -549,10 +551,12 @@ def trace(
             if isinstance(leaf, Tensor):
                 values.set(leaf, Value(tuple(leaf.shape), (), "it is an input of the model"))
 
+        widths: dict[str, Tensor] = {}
+
         def width(path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if isinstance(module, sized) and inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() > 1:
                 for track in values.of(inputs[0]).over(1):
-                    findings.widths[path] = lb.axis(track.labels, 1)
+                    widths[path] = track.labels  # looked at later: here `watched` would take it for the model's code
             if isinstance(module, nn.LayerNorm) or not module._modules:
                 known = inputs and isinstance(inputs[0], Tensor)
                 findings.entering[path] = values.of(inputs[0]) if known else Value(())
@@ -574,6 +578,7 @@ def trace(
                 exits.enter_context(watched(model, Calls(lambda path, call, sizes: sizes, factor, given)))
             recorder = exits.enter_context(_Recorder(values, findings, rules, default, where, touched, graph))
             out = run(model, args, kwargs)
+        findings.widths.update({path: lb.axis(labels, 1) for path, labels in widths.items()})
         for tensor in output_tensors(out):
             graph.result(tensor)
             recorder.used(tensor)

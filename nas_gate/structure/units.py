@@ -98,7 +98,8 @@ class Norm:
     """A module whose statistics run over units: those along dimension `dim` of its input, -1 where it is fixed.
 
     A layer norm is `centred`, an RMS norm is not. `weight` is the parameter that scales its result before anything is
-    added to it; None where nothing is.
+    added to it; None where nothing is. `groups` are those of a group norm, whose statistics run over all places of a
+    group, too (0: over the slots of one place); every group has the same units.
     """
 
     path: str
@@ -106,6 +107,7 @@ class Norm:
     units: Ints
     centred: bool
     weight: str | None
+    groups: int = 0
 
 
 @dataclass(frozen=True)
@@ -471,7 +473,7 @@ def _structure(
         return units
 
     widths = [Slots(path, 1, units_of(labels)) for path, labels in findings.widths.items()]
-    norms = [Norm(path, n.dim, units_of(n.labels), n.centred, n.weight) for path, n in findings.norms.items()]
+    norms = [Norm(path, n.dim, units_of(n.labels), n.centred, n.weight, n.groups) for path, n in findings.norms.items()]
     widths += [Slots(n.path, n.dim, n.units) for n in norms if n.weight is None]
 
     return Structure(
