@@ -759,6 +759,63 @@ def rms_norm_outside_of_a_module_of_its_own():
     )
 
 
+def by_mean_of_squares(x: Tensor, dim: int) -> Tensor:
+    u = x.mean(dim, keepdim=True)
+    return (x - u) / torch.sqrt((x - u).pow(2).mean(dim, keepdim=True) + 0.1)
+
+
+def by_variance(x: Tensor, dim: int) -> Tensor:
+    return (x - x.mean(dim).unsqueeze(dim)) / torch.sqrt(x.var(dim, unbiased=False, keepdim=True) + 0.1)
+
+
+def by_both_at_once(x: Tensor, dim: int) -> Tensor:
+    variance, mean = torch.var_mean(x, dim, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + 0.1)
+
+
+def by_deviation(x: Tensor, dim: int) -> Tensor:
+    return (x - x.mean(dim, keepdim=True)) / (x.std(dim, correction=0, keepdim=True) + 0.1)
+
+
+def by_unbiased_variance(x: Tensor, dim: int) -> Tensor:
+    return (x - x.mean(dim, keepdim=True)) / (x.std(dim, keepdim=True) + 0.1)
+
+
+def by_function(x: Tensor, dim: int) -> Tensor:
+    return F.layer_norm(x.movedim(dim, -1), x.shape[dim : dim + 1]).movedim(-1, dim)
+
+
+class Written(nn.Module):
+    """A layer norm over dimension 1, written out; with weight and bias of its own."""
+
+    def __init__(self, size: int, rank: int, normalized: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.bias, self.normalized, self.more = parameter(size), parameter(size), normalized, (1,) * rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.view(-1, *self.more), self.bias.view(-1, *self.more)
+        return weight * self.normalized(x, 1) + bias
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("normalized", [by_mean_of_squares, by_variance, by_both_at_once, by_deviation, by_function])
+def test_a_layer_norm_that_is_written_out(normalized: Callable[[Tensor, int], Tensor], rank: int) -> None:
+    first, last = (nn.Linear(6, 8), nn.Linear(8, 5)) if rank == 0 else (conv(6, 8), conv(8, 5))
+    model = nn.Sequential(first, Written(8, rank, normalized), nn.ReLU(), last)
+    gated = nas_gate.attach(model, torch.randn(4, 6, *[5] * rank))
+    (group,) = gated.structure.groups
+    assert group.size == 8
+    assert {m.tensor for m in group.members} == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight"}
+    nn.init.normal_(gated.gates.weight)
+    assert nas_gate.remove(gated, target=0.6)[1].weight.shape == (4,)
+
+
+@case({}, inputs=rows(4, 6), fixed={"a.weight:0": "aten.std in n mixes what the units hold"})
+def layer_norm_that_divides_by_one_less():
+    norm = Written(8, 0, by_unbiased_variance)
+    return Net(lambda s, x: s.b(s.n(s.a(x))), a=nn.Linear(6, 8), n=norm, b=nn.Linear(8, 5))
+
+
 class OwnMean(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean(1, keepdim=True)

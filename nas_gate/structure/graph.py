@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -88,6 +89,17 @@ class Graph:
     def made(self, tensor: Tensor) -> Node:
         """The operation that gave a tensor, or its leaf."""
         return self.nodes[self._reference(tensor).node]
+
+    def multiplies(self, leaf: str) -> bool:
+        """Whether a leaf, as it is or moved, is a factor of a multiplication."""
+        waiting = [index for index, node in enumerate(self.nodes) if node.leaf == leaf]
+        while waiting:
+            for index in self.consumers[waiting.pop()]:
+                if self.nodes[index].op is torch.ops.aten.mul:
+                    return True
+                if len(self.nodes[index].sources) == 1:
+                    waiting.append(index)
+        return False
 
     def result(self, tensor: Tensor) -> None:
         """A tensor that the model returns."""

@@ -426,20 +426,57 @@ def reduced(call: Call) -> Results:
 
 
 def mean(call: Call) -> Results:
-    """A mean of squares over units, if an RMS norm takes it, runs over the kept slots; else it mixes."""
+    """A mean over units, if a norm that is written out takes it, runs over the kept slots; else it mixes.
+
+    That is the mean of squares of an RMS norm, or of what is left when the mean is taken away, and that mean.
+    """
     value = call.value(call["self"])
     dims = _dims(call, len(value.shape))
-    if len(dims) == 1 and _is_square(call.made(call["self"])):
-        over = value.over(dims[0])
-        if all(_is_norm_of_units(call, t, dims[0], False, None) for t in over):
-            value = Value(value.shape, tuple(t for t in value.tracks if dims[0] not in t.dims), value.why)
+    if len(dims) != 1:
+        return _reduced(call, value)
+    squared = _squared(call, call.made(call["self"]))
+    over = value.over(dims[0])
+    if squared is not None:
+        fit = all(_is_norm_of_units(call, t, dims[0], _is_centred(call, squared), None) for t in over)
+    else:
+        fit = all(_enters(call, t, dims[0]) is not None for t in over)
+        if fit:  # it stands or falls with the norm, whose mean of squares comes later
+            reason = f"{call.name} mixes what the units hold"
+            call.findings.means += [(call.where, t.labels, reason) for t in over]
+    return _reduced(call, _without(value, dims[0]) if fit else value)
+
+
+def variance(call: Call) -> Results:
+    """A variance over units (its square root, its mean, too) as part of a norm; it divides by the number of units."""
+    value = call.value(call["self"])
+    dims = _dims(call, len(value.shape))
+    fit = len(dims) == 1 and call.arguments.get("correction") == 0
+    if fit and all(_is_norm_of_units(call, t, dims[0], True, None) for t in value.over(dims[0])):
+        value = _without(value, dims[0])
     return _reduced(call, value)
 
 
-def _is_square(node: Node) -> bool:
-    if node.op is aten.pow:
-        return bool(node.arguments.get("exponent") == 2)
-    return node.op is aten.mul and bool(node.arguments["self"] == node.arguments["other"])
+def _without(value: Value, dim: int) -> Value:
+    return Value(value.shape, tuple(t for t in value.tracks if dim not in t.dims), value.why)
+
+
+def _squared(call: Call, node: Node) -> Node | None:
+    """What a node is the square of; None where it is no square."""
+    factors = node.arguments.get("self"), node.arguments.get("other")
+    twice = node.op is aten.mul and factors[0] == factors[1]
+    if twice or (node.op is aten.pow and node.arguments["exponent"] == 2):
+        return call.node(factors[0])
+    return None
+
+
+def _is_centred(call: Call, node: Node) -> bool:
+    """Whether a node is a value less its own mean."""
+    if node.op is not aten.sub:
+        return False
+    taken = call.node(node.arguments["other"])
+    while taken.op in (aten.unsqueeze, aten.view, aten.expand):
+        taken = call.node(taken.arguments["self"])
+    return taken.op is aten.mean and taken.arguments["self"] == node.arguments["self"]
 
 
 def _dims(call: Call, rank: int) -> list[int]:
@@ -523,18 +560,26 @@ def _is_norm_of_units(call: Call, track: Track, over: int, centred: bool, weight
 
     They can where the units run along one dimension of the module's own input, for there they are closed.
     """
+    dim = _enters(call, track, over)
+    if dim is None:
+        return False
+    labels = lb.axis(track.labels, over)
+    known = call.findings.norms.setdefault(call.where, Normed(dim, labels, centred, weight, groups))
+    call.equate(known.labels, labels)
+    return (known.dim, known.centred, known.weight, known.groups) == (dim, centred, weight, groups)
+
+
+def _enters(call: Call, track: Track, over: int) -> int | None:
+    """The dimension of the running module's input that has the labels of a track over `over` alone; None for none."""
     entering = call.findings.entering.get(call.where)
     if entering is None or track.dims != (over,):
-        return False
+        return None
     labels = lb.axis(track.labels, over)
     for dim in range(len(entering.shape)):
         for t in entering.over(dim):
             if t.dims == (dim,) and torch.equal(lb.axis(t.labels, dim), labels):
-                known = call.findings.norms.setdefault(call.where, Normed(dim, labels, centred, weight, groups))
-                call.equate(known.labels, labels)
-                noted = known.dim, known.centred, known.weight, known.groups
-                return noted == (dim, centred, weight, groups)
-    return False
+                return dim
+    return None
 
 
 def group_norm(call: Call) -> Results:
@@ -864,6 +909,7 @@ def _table() -> dict[Any, Rule]:
     )
     add(spatial(3), "upsample_nearest3d", "upsample_trilinear3d", "reflection_pad3d", "replication_pad3d")
     add(mean, "mean")
+    add(variance, "var", "std", "var_mean", "std_mean")
     add(
         reduced,
         "sum",
@@ -873,9 +919,6 @@ def _table() -> dict[Any, Rule]:
         "min",
         "argmax",
         "argmin",
-        "var",
-        "std",
-        "var_mean",
         "prod",
     )
     add(

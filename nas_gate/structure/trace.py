@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nas_gate.modules import Choice
 from nas_gate.structure import labels as lb
-from nas_gate.structure.graph import Graph, Node, found_in
+from nas_gate.structure.graph import Graph, Node, Ref, found_in
 from nas_gate.structure.labels import Track, Value
 from nas_gate.structure.sizes import CONSTANTS, Calls, watched
 
@@ -147,6 +147,8 @@ class Findings:
     widths: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Normed] = field(default_factory=dict)
     """Layer and RMS norms over units, by path."""
+    means: list[tuple[str, Tensor, str]] = field(default_factory=list)
+    """Means over units: of which module, over which labels, and why those are fixed if it is no centred norm."""
     entering: dict[str, Value] = field(default_factory=dict)
     """The input of every module that may be a norm: of every one without parts."""
     given: list[Given] = field(default_factory=list)
@@ -226,10 +228,10 @@ class Call:
         where: str,
         values: _Values,
         findings: Findings,
-        made: Callable[[Tensor], Node],
+        graph: Graph,
     ) -> None:
         self.op, self.arguments, self.out, self.where = op, arguments, out, where
-        self._values, self.findings, self.made = values, findings, made
+        self._values, self.findings, self._graph = values, findings, graph
 
     @property
     def name(self) -> str:
@@ -242,6 +244,14 @@ class Call:
     def value(self, tensor: Any) -> Value:
         """The value of one tensor argument (without tracks when it is None)."""
         return Value(()) if tensor is None else self._values.of(tensor)
+
+    def made(self, tensor: Tensor) -> Node:
+        """The operation that gave a tensor argument, or its leaf."""
+        return self._graph.made(tensor)
+
+    def node(self, argument: Any) -> Node:
+        """The operation that gave an argument of a node, or its leaf; an empty one for what is no tensor."""
+        return self._graph.nodes[argument.node] if isinstance(argument, Ref) else Node()
 
     def tensors(self) -> list[Tensor]:
         """All tensor arguments in order."""
@@ -333,7 +343,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         defaults = _defaults(func)
         arguments = {**defaults, **dict(zip(defaults, args)), **kwargs}
-        call = Call(func, arguments, None, self.where(), self.values, self.findings, self.graph.made)
+        call = Call(func, arguments, None, self.where(), self.values, self.findings, self.graph)
         inputs = call.tensors()
         before = [self.values.of(t) for t in inputs]
         self.touched.update(map(id, inputs))
@@ -601,6 +611,15 @@ def trace(
                 stacklevel=2,
             )
         findings.macs, findings.prices = macs, prices
+    for path, labels, reason in findings.means:
+        if path not in findings.norms or not findings.norms[path].centred:
+            findings.fix(labels, reason)
+    for path, norm in findings.norms.items():
+        own = [f"{path}.{name}" for name, _ in model.get_submodule(path).named_parameters(recurse=False)]
+        if norm.weight is None and len(own) > 1:  # written out: something may be added to the result, too
+            scales = [name for name in own if findings.graph.multiplies(name)]
+            weight = scales[0] if len(scales) == 1 else None
+            findings.norms[path] = dataclasses.replace(norm, weight=weight)
     for slots in findings.slots:
         if slots.name not in used:
             findings.fix(torch.arange(slots.start, slots.start + slots.size), "the example inputs do not reach it")
