@@ -67,14 +67,17 @@ def join(call: Call, values: Sequence[Value], keep_weight: bool = False) -> Trac
                     labels, weight = lb.where(theirs.labels, labels), weight or theirs.weight
                 members = members | operands
             merged = [*apart, (Track(labels, weight), members)]
+    result = []
     for track, operands in merged:
-        for i, shape in enumerate(shapes):
-            met = [d for d in track.dims if i not in operands and shape[d] > 1]
-            if met and len(met) == len(track.dims):
-                call.fix(track.labels, f"joins it with a tensor that has no units there ({values[i].why})")
-            for d in met:
-                call.equate(track.labels.narrow(d, 0, 1), track.labels)
-    return tuple(track for track, _ in merged)
+        met = {i: [d for d in track.dims if shape[d] > 1] for i, shape in enumerate(shapes) if i not in operands}
+        without = next((i for i, dims in met.items() if len(dims) == len(track.dims)), None)
+        if without is not None:  # a fixed track goes no further
+            call.fix(track.labels, f"joins it with a tensor that has no units there ({values[without].why})")
+            continue
+        for d in {d for dims in met.values() for d in dims}:
+            call.equate(track.labels.narrow(d, 0, 1), track.labels)
+        result.append(track)
+    return tuple(result)
 
 
 def _is_repeated(narrow: Track, wide: Track, shapes: Sequence[tuple[int, ...]], operands: set[int]) -> bool:

@@ -326,16 +326,15 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.values, self.findings, self.touched, self.graph = values, findings, touched, graph
         self.rules, self.default, self.where = rules, default, where
+        self.demands: tuple[list[Any], ...] = (findings.fixed, findings.movements, findings.means)
         self.pending: Any = WeakTensorKeyDictionary()
-        """What an operation has fixed and moved, by its results: what nobody looks at demands nothing."""
+        """What an operation has added to those, by its results: what nobody looks at demands nothing."""
 
     def used(self, tensor: Tensor) -> None:
         """A result is looked at: what it demands holds."""
-        fixes, movements = self.pending.pop(tensor, ([], []))
-        self.findings.fixed += fixes
-        self.findings.movements += movements
-        fixes.clear()
-        movements.clear()
+        for demands, own in zip(self.demands, self.pending.pop(tensor, ())):
+            demands += own
+            own.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -350,7 +349,7 @@ class _Recorder(TorchDispatchMode):
         references, first = self.graph.references(arguments), len(self.findings.prices)
         for tensor in inputs:
             self.used(tensor)
-        known = len(self.findings.fixed), len(self.findings.movements)
+        known = [len(demands) for demands in self.demands]
         call.out = func(*args, **kwargs)
         packet = func.overloadpacket
         macs = macs_of(func, args, kwargs, call.out)
@@ -382,10 +381,11 @@ class _Recorder(TorchDispatchMode):
             value = Value(tuple(tensor.shape), tuple(t for t in kept if t is not None))
             self.values.set(tensor, dataclasses.replace(value, why=why) if why else value)
         if outputs and not func._schema.is_mutable:
-            demands = self.findings.fixed[known[0] :], self.findings.movements[known[1] :]
-            del self.findings.fixed[known[0] :], self.findings.movements[known[1] :]
+            own = tuple(demands[start:] for demands, start in zip(self.demands, known))
+            for demands, start in zip(self.demands, known):
+                del demands[start:]
             for tensor in outputs:
-                self.pending[tensor] = demands
+                self.pending[tensor] = own
         return call.out
 
     def _lasting(self, track: Track, call: Call) -> Track | None:
