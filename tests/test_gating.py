@@ -842,6 +842,31 @@ def test_layer_norms_with_soft_gates_have_true_gradients() -> None:
     assert torch.autograd.gradcheck(output, weight)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_group_norms_take_their_statistics_over_kept_units(groups: int) -> None:
+    """Against `F.group_norm` over the kept channels; with soft gates the gradients are true."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(groups, 8), nn.Conv2d(8, 5, 1)).double()
+    nn.init.normal_(model[1].weight)
+    nn.init.normal_(model[1].bias)
+    gated, x = attached(model, images(1).double()), images(2).double()
+    keep = torch.tensor([True, False, True, True, False, True, True, False][: 8 // groups])
+    set_gates(gated, *torch.where(keep, 1.0, -1.0).tolist())
+    kept = keep.repeat(groups)
+    y = F.conv2d(x, model[0].weight[kept], model[0].bias[kept])
+    y = F.group_norm(y, groups, model[1].weight[kept], model[1].bias[kept])
+    expected = F.conv2d(y, model[2].weight[:, kept], model[2].bias)
+    torch.testing.assert_close(gated(x), expected)
+    small = nas_gate.remove_with_proof(gated, keep).model
+    torch.testing.assert_close(small(x), expected)
+    assert (small[1].num_groups, small[1].num_channels) == (groups, int(kept.sum()))
+
+    soft = attached(model, images(1).double(), gate=make_gate("annealed_sigmoid"))
+    soft.gates.double().minimum = 0
+    weight = torch.linspace(-0.9, 1.1, len(keep), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(soft, {"gates.weight": w}, (x,)), weight)
+
+
 def test_layer_norms_compile_without_a_graph_break() -> None:
     _, gated, _ = gated_block(0)
     torch._dynamo.reset()
