@@ -1,5 +1,8 @@
-"""The denoiser of diffusion models: group norms, skip connections, attention, an embedded time."""
+"""The denoisers of diffusion models: group norms, skip connections, attention, an embedded time."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,3 +82,88 @@ def test_all_channels_and_heads_can_go() -> None:
         gated.gates.weight.copy_(torch.where(nas_gate.land(gated, target=0.5), 1.0, -1.0))
         inputs = torch.randn(5, 3, 12, 12), torch.rand(5)
         torch.testing.assert_close(small.eval()(*inputs), gated.eval()(*inputs), rtol=1e-4, atol=1e-5)
+
+
+# --- small random models of the diffusers library -----------------------------------------------------------
+
+
+def noisy(channels: int, **more: Tensor) -> dict[str, Tensor]:
+    return {"sample": torch.randn(2, channels, 16, 16), "timestep": torch.tensor([7]), **more}
+
+
+BLOCKS = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": GROUPS}
+ENDS = {"sample_size": 16, "in_channels": 4, "out_channels": 4}
+MODELS: dict[str, tuple[dict[str, Any], Any]] = {
+    "UNet2DModel": (
+        {
+            **ENDS,
+            **BLOCKS,
+            "attention_head_dim": 16,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        },
+        lambda: noisy(4),
+    ),
+    "UNet2DConditionModel": (
+        {
+            **ENDS,
+            **BLOCKS,
+            "attention_head_dim": 4,
+            "cross_attention_dim": 24,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        },
+        lambda: noisy(4, encoder_hidden_states=torch.randn(2, 5, 24)),
+    ),
+    "AutoencoderKL": (
+        {
+            **BLOCKS,
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+        },
+        lambda: torch.randn(2, 3, 16, 16),
+    ),
+    "DiTTransformer2DModel": (
+        {
+            "num_attention_heads": 4,
+            "attention_head_dim": 8,
+            "in_channels": 4,
+            "num_layers": 2,
+            "sample_size": 8,
+            "num_embeds_ada_norm": 10,
+        },
+        lambda: {
+            "hidden_states": torch.randn(2, 4, 8, 8),
+            "timestep": torch.tensor([3, 5]),
+            "class_labels": torch.tensor([1, 2]),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the heads of the autoencoder's two attentions stay as they are."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.upsampling import Upsample2D
+
+    def mend(new: Any, old: Any, width: int | None) -> None:
+        new.channels = new.conv.weight.shape[1]  # what its forward asserts
+
+    monkeypatch.setitem(nas_gate.MENDS, Downsample2D, mend)
+    monkeypatch.setitem(nas_gate.MENDS, Upsample2D, mend)
+    torch.manual_seed(0)
+    options, inputs = MODELS[name]
+    gated = nas_gate.attach(getattr(diffusers, name)(**options).eval(), inputs())
+    assert nas_gate.reachable_share(gated.structure) > (0.98 if name == "AutoencoderKL" else 0.999)
+    nn.init.normal_(gated.gates.weight)
+    keep = nas_gate.land(gated, target=0.6)
+    removed = nas_gate.remove_with_proof(gated, keep)
+    assert removed.max_relative_error < 1e-5
+    with torch.no_grad():
+        gated.gates.weight.copy_(torch.where(keep, 1.0, -1.0))
+        given = inputs()
+        call = (lambda m: m(**given)) if isinstance(given, dict) else (lambda m: m(given))
+        expected, got = call(gated), call(removed.model)
+    torch.testing.assert_close(got.sample, expected.sample, rtol=1e-3, atol=1e-4)
