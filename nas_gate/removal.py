@@ -336,7 +336,10 @@ def _corrections(
         path = renamed(cut, given.path)
         if path is not None:
             key = path, given.call
-            sizes[key] = [int(kept[given.units[i]].sum()) if i in given.units else n for i, n in enumerate(given.sizes)]
+            sizes[key] = [
+                int(kept[given.units[i]].sum()) * (1 if n > 0 else -1) if i in given.units else n
+                for i, n in enumerate(given.sizes)
+            ]
             if type(model.get_submodule(given.path)).forward not in mended:
                 awaited.add(key)
     factors = {

@@ -585,6 +585,72 @@ def slice_of_unequal_length():
     return between(lambda y: y[:, 1:4], taken=3)
 
 
+class Sliced(nn.Module):
+    """What a module does with slices whose ends it keeps as attributes."""
+
+    def __init__(self, use: Callable[[Tensor, int], Tensor], width: int) -> None:
+        super().__init__()
+        self.use, self.width = use, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, self.width)
+
+
+def halves(x: Tensor, c: int) -> Tensor:
+    return x[:, :c] * x[:, c:].sigmoid()
+
+
+def halves_from_behind(x: Tensor, c: int) -> Tensor:
+    return x[:, :-c] * x[:, -c:].sigmoid()
+
+
+def halves_behind_dots(x: Tensor, c: int) -> Tensor:
+    x = x.permute(0, 2, 3, 1)
+    return (x[..., None, c:] * x[..., None, 0:c])[:, :, :, 0].permute(0, 3, 1, 2)
+
+
+def quarter_and_rest(x: Tensor, c: int) -> Tensor:
+    return torch.cat([x[:, c:], x[:, :c] * 2], 1)[:, : 2 * c]
+
+
+@pytest.mark.parametrize(
+    ("use", "width", "units"),
+    [(halves, 8, 8), (halves_from_behind, 8, 8), (halves_behind_dots, 8, 8), (quarter_and_rest, 4, 4)],
+)
+def test_ends_of_slices_are_corrected(use: Callable[[Tensor, int], Tensor], width: int, units: int) -> None:
+    """The ends that the code has as numbers become those of the smaller model, for other images, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 16), Sliced(use, width), conv(8, 5)).eval()
+    gated = nas_gate.attach(model, torch.randn(1, 3, 7, 7))
+    assert [g.size for g in gated.structure.groups] == [units]
+    nn.init.normal_(gated.gates.weight)
+    keep = nas_gate.land(gated, target=0.6)
+    small = nas_gate.remove_with_proof(gated, keep).model
+    assert small[0].out_channels == 16 * int(keep.sum()) // units < 16
+    with torch.no_grad():
+        gated.gates.weight.copy_(torch.where(keep, 1.0, -1.0))
+    x = torch.randn(3, 3, 9, 8)
+    torch.testing.assert_close(small(x), gated(x))
+
+
+def test_ends_of_slices_in_exported_models() -> None:
+    """An end that is the batch is a symbol there, and keeps its place beside those that are corrected."""
+
+    def use(x: Tensor, c: int) -> Tensor:
+        return x[: x.shape[0], :c] * x[:, c:].sigmoid()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 16), Sliced(use, 8), conv(8, 5)).eval()
+    gated = nas_gate.attach(model, torch.randn(2, 3, 7, 7))
+    nn.init.normal_(gated.gates.weight)
+    small = nas_gate.remove(gated, target=0.6)
+    batch = torch.export.Dim("batch", min=1, max=9)
+    exported = torch.export.export(small, (torch.randn(2, 3, 7, 7),), dynamic_shapes=({0: batch},)).module()
+    x = torch.randn(5, 3, 7, 7)
+    torch.testing.assert_close(exported(x), small(x))
+    torch.testing.assert_close(torch.compile(small, backend="eager", fullgraph=True)(x), small(x))
+
+
 @case({"b": 6}, fixed={"a.weight:0": "aten.slice does not commute with cutting"})
 def slice_with_step():
     return between(lambda y: y[:, ::2], taken=4)

@@ -104,6 +104,12 @@ def axis(labels: Tensor, dim: int) -> Tensor:
     return labels.reshape(-1)
 
 
+def part(labels: Tensor, dim: int, size: int) -> Tensor:
+    """The first slots along `dim`, or with a negative size the last; all where there are not so many."""
+    count = min(abs(size), labels.shape[dim])
+    return labels.narrow(dim, 0 if size >= 0 else labels.shape[dim] - count, count)
+
+
 def where(labels: Tensor, other: Tensor) -> Tensor:
     """`labels` with its gaps filled from `other`, broadcast, of size 1 along what they are constant over."""
     wide, other = torch.broadcast_tensors(labels, other)

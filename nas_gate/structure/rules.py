@@ -247,8 +247,10 @@ def pieces(call: Call) -> Results:
         if bounds is None:
             return _moved(call, value, [dim])
         for (a, b), part, r in zip(bounds, moved, results):
-            # unequal pieces of stated sizes are multiples of a common one
+            # unequal pieces of stated sizes are multiples of a common one, and so are a slice and what lies beside it
             length = math.gcd(size, *(n - m for m, n in bounds)) if "split_sizes" in call.arguments else b - a
+            if "end" in call.arguments and (common := math.gcd(size, a, b)) > 1:
+                length = common
             if 0 < length < size and size % length == 0 and a % length == 0:
                 whole = track.labels.unflatten(dim, (size // length, length))
                 call.equate(whole.narrow(dim, 0, 1), whole)

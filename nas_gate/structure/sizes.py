@@ -1,4 +1,4 @@
-"""Sizes and factors that a module's own code hands to torch: `x.reshape(B, N, C)`, `q * head_dim ** -0.5`.
+"""Sizes and factors that a module's own code hands to torch: `x.reshape(B, N, C)`, `x[:, :C]`, `q * head_dim ** -0.5`.
 
 Code that computes them from the shape of its input, or that has them as literals, would compute others in a smaller
 model. Every call is known by its module, its function and its number among that function's calls of one forward pass
@@ -36,8 +36,38 @@ SCALED = {"mul", "mul_", "div", "div_", "true_divide"}
 """Functions whose second argument may be a number."""
 
 
+SLICED = "__getitem__"
+"""What `x[...]` calls: the ends of its slices are sizes, of what lies before them (negative ones, behind them)."""
+
+
+def _ends(x: Tensor, index: Any) -> list[tuple[int, int]]:
+    """The ends of an index's slices, each with its dimension of the tensor; none where other tensors are indices."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not all(part is None or part is Ellipsis or isinstance(part, (slice, int)) for part in parts):
+        return []
+    taking = sum(isinstance(part, slice) or type(part) is int for part in parts)
+    ends, dim = [], 0
+    for part in parts:
+        if isinstance(part, slice):
+            ends += [(end, dim) for end in (part.start, part.stop) if isinstance(end, (int, SymInt))]
+        dim += x.dim() - taking if part is Ellipsis else isinstance(part, slice) or type(part) is int
+    return ends
+
+
+def _with_ends(index: Any, ends: Iterator[int]) -> Any:
+    """An index with other ends of its slices."""
+    if isinstance(index, tuple):
+        return tuple(_with_ends(part, ends) for part in index)
+    if not isinstance(index, slice):
+        return index
+    start, stop = (next(ends) if isinstance(end, (int, SymInt)) else end for end in (index.start, index.stop))
+    return slice(start, stop, index.step)
+
+
 def sizes_of(name: str, args: Sequence[Any]) -> list[int] | None:
     """The sizes that a call was given, None where it takes none."""
+    if name == SLICED:
+        return [end for end, _ in _ends(*args)] or None
     first = FIRST.get(name)
     if first is None or len(args) <= first or not (first == 0 or isinstance(args[0], Tensor)):
         return None
@@ -50,6 +80,8 @@ def sizes_of(name: str, args: Sequence[Any]) -> list[int] | None:
 
 def with_sizes(name: str, args: Sequence[Any], sizes: Sequence[int]) -> tuple[Any, ...]:
     """The call's arguments with other sizes."""
+    if name == SLICED:
+        return args[0], _with_ends(args[1], iter(sizes))
     first = FIRST[name]
     given = args[first]
     if isinstance(given, (tuple, list)):
@@ -58,7 +90,9 @@ def with_sizes(name: str, args: Sequence[Any], sizes: Sequence[int]) -> tuple[An
 
 
 def places_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[tuple[Tensor, int]]:
-    """For every size that the call was given: a result that has it, and the dimension."""
+    """For every size that the call was given: a result that has it, or what it is a part of, and the dimension."""
+    if name == SLICED:
+        return [(args[0], dim) for _, dim in _ends(*args)]
     sizes = sizes_of(name, args)
     assert sizes is not None
     count = len(sizes)

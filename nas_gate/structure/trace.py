@@ -572,7 +572,11 @@ def trace(
                 findings.entering[path] = values.of(inputs[0]) if known else Value(())
 
         def given(path: str, call: str, sizes: list[int], places: list[tuple[Tensor, int]]) -> None:
-            tracks = {i: (dim, over) for i, (tensor, dim) in enumerate(places) if (over := values.of(tensor).over(dim))}
+            tracks = {
+                i: (dim, tuple(Track(lb.part(t.labels, dim, sizes[i])) for t in over))
+                for i, (tensor, dim) in enumerate(places)
+                if (over := values.of(tensor).over(dim))
+            }
             findings.given.append(Given(path, call, tuple(sizes), tracks))
 
         def factor(path: str, call: str, value: float) -> float:
@@ -611,16 +615,23 @@ def trace(
                 stacklevel=2,
             )
         findings.macs, findings.prices = macs, prices
+    _complete_norms(findings, model)
+    for slots in findings.slots:
+        if slots.name not in used:
+            findings.fix(torch.arange(slots.start, slots.start + slots.size), "the example inputs do not reach it")
+    return findings
+
+
+def _complete_norms(findings: Findings, model: nn.Module) -> None:
+    """Of norms that are written out: fix means that belong to none, and find the weight where there is more than that.
+
+    Without one all that a module gives is scaled, which is wrong where it adds a bias: then the trial fails.
+    """
     for path, labels, reason in findings.means:
         if path not in findings.norms or not findings.norms[path].centred:
             findings.fix(labels, reason)
     for path, norm in findings.norms.items():
         own = [f"{path}.{name}" for name, _ in model.get_submodule(path).named_parameters(recurse=False)]
-        if norm.weight is None and len(own) > 1:  # written out: something may be added to the result, too
-            scales = [name for name in own if findings.graph.multiplies(name)]
-            weight = scales[0] if len(scales) == 1 else None
-            findings.norms[path] = dataclasses.replace(norm, weight=weight)
-    for slots in findings.slots:
-        if slots.name not in used:
-            findings.fix(torch.arange(slots.start, slots.start + slots.size), "the example inputs do not reach it")
-    return findings
+        scales = [name for name in own if findings.graph.multiplies(name)]
+        if norm.weight is None and len(own) > len(scales) == 1:
+            findings.norms[path] = dataclasses.replace(norm, weight=scales[0])

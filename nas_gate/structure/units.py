@@ -542,7 +542,7 @@ def _given(findings: Findings, axes: _Axes) -> Iterable[Given]:
         for position, (dim, tracks) in g.tracks.items():
             for track in tracks:
                 seen = lb.compress(_seen(track.labels, axes.unit))
-                if seen.shape[dim] == g.sizes[position] > 1:
+                if seen.shape[dim] == abs(g.sizes[position]) > 1:
                     units = axes.number[lb.axis(seen, dim).numpy()]
                     if (units != FIXED).any():
                         along[position] = units
