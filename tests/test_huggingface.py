@@ -111,6 +111,8 @@ CASES = {
         words,
         [WIDTH, *BOTH],
     ),
+    # slices one matrix into queries, keys and values
+    "phi3": Case(hf.Phi3ForCausalLM, hf.Phi3Config, DECODER, words, [WIDTH, *BOTH]),
     # the encoder's outputs are outputs of the model, so the embedding is not offered; the bias by distance is shared by
     # the layers of a stack, and so are their heads
     "t5": Case(
@@ -177,7 +179,7 @@ def test_attached_cut_and_equal(name: str, attention: str):
     assert all(bool(p.isfinite().all()) for p in small.parameters())
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "llama"])
+@pytest.mark.parametrize("name", ["bert", "vit", "llama", "phi3"])
 def test_saved_and_loaded(name: str, tmp_path: Path):
     """A candidate's record holds all that a module computes otherwise; the configuration stays that of the factory."""
     case = CASES[name]
