@@ -340,7 +340,8 @@ def _corrections(
                 int(kept[given.units[i]].sum()) * (1 if n > 0 else -1) if i in given.units else n
                 for i, n in enumerate(given.sizes)
             ]
-            if type(model.get_submodule(given.path)).forward not in mended:
+            module = model.get_submodule(given.path)
+            if "forward" in vars(module) or type(module).forward not in mended:
                 awaited.add(key)
     factors = {
         (path, call): factor

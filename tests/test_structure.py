@@ -633,6 +633,27 @@ def test_ends_of_slices_are_corrected(use: Callable[[Tensor, int], Tensor], widt
     torch.testing.assert_close(small(x), gated(x))
 
 
+class ChoosesItsForward(nn.Module):
+    """As FasterNet's partial convolution does: the class has none."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.sizes, self.conv = [width // 4, width - width // 4], conv(width // 4, width // 4)
+        self.forward = self.partial
+
+    def partial(self, x: Tensor) -> Tensor:
+        first, rest = torch.split(x, self.sizes, dim=1)
+        return torch.cat([self.conv(first), rest], 1)
+
+
+def test_sizes_in_a_module_that_chooses_its_forward() -> None:
+    torch.manual_seed(0)
+    gated = nas_gate.attach(nn.Sequential(conv(3, 16), ChoosesItsForward(16), conv(16, 5)), torch.randn(1, 3, 9, 9))
+    assert [g.size for g in gated.structure.groups] == [4, 4]
+    nn.init.normal_(gated.gates.weight)
+    assert nas_gate.remove(gated, target=0.6)[0].out_channels < 16
+
+
 def test_ends_of_slices_in_exported_models() -> None:
     """An end that is the batch is a symbol there, and keeps its place beside those that are corrected."""
 
