@@ -452,6 +452,21 @@ def attention_with_a_mask_for_each_head():
     return attention((-1, 3), core)
 
 
+@case({"q": 4}, inputs=rows(2, 7, 6), slots={"q": {"q.weight:0": 3, "k.bias:0": 3, "v.weight:0": 3, "o.weight:1": 3}})
+def attention_pooled_by_a_depthwise_convolution():
+    """Heads are folded into the batch, and all take the same kernels, as in MViT."""
+
+    def forward(s, x):
+        q, k, v = (m(x).unflatten(-1, (4, 3)).transpose(1, 2) for m in (s.q, s.k, s.v))
+        n, heads, places, size = q.shape
+        q = s.norm(s.pool(q.transpose(2, 3).reshape(n * heads, size, places)).transpose(1, 2))
+        y = (q.reshape(n, heads, -1, size) @ k.transpose(-2, -1)).softmax(-1) @ v
+        return s.o(y.transpose(1, 2).flatten(2))
+
+    linear = {name: nn.Linear(6, 12) for name in ("q", "k", "v")}
+    return Net(forward, **linear, pool=nn.Conv1d(3, 3, 3, 2, 1, groups=3), norm=nn.LayerNorm(3), o=nn.Linear(12, 5))
+
+
 @case(
     {"cell": 8, "b.weight": 4},
     slots={"cell": {"cell.weight:0": 1, "cell.weight:1": 1, "b.weight:1": 1}},

@@ -742,6 +742,8 @@ def convolution(call: Call) -> Results:
     )
     out = call.outputs()[0]
     rank = out.dim()
+    if groups > 1 and w.shape[:2] == (groups, 1) and x.shape[1] == groups and any(0 in t.dims for t in x.tracks):
+        return _each_channel(call, x, w, tuple(out.shape))
     inputs = [t for t in _carried(call, x, [d for d in range(rank) if d != 1], "mixes") if 1 in t.dims]
     for track in inputs[1:]:
         call.equate(inputs[0].labels, track.labels)
@@ -809,6 +811,24 @@ def convolution(call: Call) -> Results:
     if call["bias"] is not None:
         values.append(_channel(call.value(call["bias"]), rank))
     return [join(call, values)]
+
+
+def _each_channel(call: Call, x: Value, w: Value, shape: tuple[int, ...]) -> Results:
+    """A depthwise convolution of units that run over the batch, as heads do that are folded into it: place by place."""
+    rank = len(shape)
+    for track in w.tracks:
+        if min(track.dims) > 1:
+            call.fix(track.labels, KERNEL)
+    tracks = _carried(call, x, range(2, rank), "mixes")
+    side = _side(call, w, 0)
+    channel = () if side is None else (Track(side.labels.reshape(1, -1, *[1] * (rank - 2))),)
+    values = [Value(shape, tracks, x.why), Value((1, shape[1], *[1] * (rank - 2)), channel, w.why)]
+    if call["bias"] is not None:
+        values.append(_channel(call.value(call["bias"]), rank))
+    result = join(call, values)
+    axes = [(shape[d], d, tuple(t for t in result if d in t.dims)) for d in (0, 1)]
+    call.price(math.prod(shape[2:]) * math.prod(w.shape[2:]), *axes)
+    return [result]
 
 
 # --- the table ----------------------------------------------------------------------------------------------

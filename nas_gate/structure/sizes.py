@@ -40,7 +40,7 @@ SLICED = "__getitem__"
 """What `x[...]` calls: the ends of its slices are sizes, of what lies before them (negative ones, behind them)."""
 
 
-def _ends(x: Tensor, index: Any) -> list[tuple[int, int]]:
+def _ends(x: Tensor, index: Any) -> list[tuple[Any, int]]:
     """The ends of an index's slices, each with its dimension of the tensor; none where other tensors are indices."""
     parts = index if isinstance(index, tuple) else (index,)
     if not all(part is None or part is Ellipsis or isinstance(part, (slice, int)) for part in parts):
