@@ -53,9 +53,9 @@ SEED = 0
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 128
 VARIANTS = ("plain", "gated", "activations")
-PRUNED = ("resnet50", "efficientnet_b0", "vgg16", "vit_b_16", "densenet201", "swin_t")
+PRUNED = ("resnet50", "efficientnet_b0", "vgg16", "vit_b_16", "densenet201", "swin_t", "maxvit_t")
 PEER_LIMIT = 120.0
-"""Seconds after which the peer's call is given up (it does not end on Swin)."""
+"""Seconds after which the peer's call is given up (it does not end on Swin and MaxViT)."""
 TRAINING_PACKAGES = ("hydra", "lightning_fabric", "omegaconf", "optuna", "pandas", "rich", "sklearn", "torchvision")
 
 Result = dict[str, Any]
