@@ -65,11 +65,12 @@ class Graph:
         self.tuples: dict[str, int | str | None] = {}
         """Of every module that ran: how many outputs in a tuple (None: one tensor), or why neither."""
         self._of: Any = WeakTensorKeyDictionary()
+        self._leaves: dict[str, int] = {}
         self._live: set[int] | None = None
 
     def leaf(self, tensor: Tensor, name: str) -> None:
         """A tensor that exists before the run."""
-        self._of[tensor] = self._add(Node(leaf=name, outputs=(tuple(tensor.shape),)))
+        self._of[tensor] = self._leaves[name] = self._add(Node(leaf=name, outputs=(tuple(tensor.shape),)))
 
     def references(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments with their tensors as they are now, before an operation in place changes them."""
@@ -92,7 +93,7 @@ class Graph:
 
     def multiplies(self, leaf: str) -> bool:
         """Whether a leaf, as it is or moved, is a factor of a multiplication."""
-        waiting = [index for index, node in enumerate(self.nodes) if node.leaf == leaf]
+        waiting = [self._leaves[leaf]] if leaf in self._leaves else []
         while waiting:
             for index in self.consumers[waiting.pop()]:
                 if self.nodes[index].op is torch.ops.aten.mul:

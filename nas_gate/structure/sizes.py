@@ -45,12 +45,12 @@ def _ends(x: Tensor, index: Any) -> list[tuple[Any, int]]:
     parts = index if isinstance(index, tuple) else (index,)
     if not all(part is None or part is Ellipsis or isinstance(part, (slice, int)) for part in parts):
         return []
-    taking = sum(isinstance(part, slice) or type(part) is int for part in parts)
+    taken = [isinstance(part, slice) or type(part) is int for part in parts]  # a dimension each
     ends, dim = [], 0
-    for part in parts:
+    for part, takes in zip(parts, taken):
         if isinstance(part, slice):
             ends += [(end, dim) for end in (part.start, part.stop) if isinstance(end, (int, SymInt))]
-        dim += x.dim() - taking if part is Ellipsis else isinstance(part, slice) or type(part) is int
+        dim += x.dim() - sum(taken) if part is Ellipsis else takes
     return ends
 
 

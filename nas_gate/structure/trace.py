@@ -632,6 +632,7 @@ def _complete_norms(findings: Findings, model: nn.Module) -> None:
             findings.fix(labels, reason)
     for path, norm in findings.norms.items():
         own = [f"{path}.{name}" for name, _ in model.get_submodule(path).named_parameters(recurse=False)]
-        scales = [name for name in own if findings.graph.multiplies(name)]
-        if norm.weight is None and len(own) > len(scales) == 1:
-            findings.norms[path] = dataclasses.replace(norm, weight=scales[0])
+        if norm.weight is None and len(own) > 1:
+            scales = [name for name in own if findings.graph.multiplies(name)]
+            if len(scales) == 1:
+                findings.norms[path] = dataclasses.replace(norm, weight=scales[0])
