@@ -25,9 +25,9 @@ from nas_gate.removal import (
     RemovalError,
     Removed,
     check,
-    compare,
+    cut_of,
     remove_units,
-    smaller,
+    try_cut,
 )
 from nas_gate.structure import (
     BRANCH,
@@ -134,8 +134,8 @@ class _Attempt:
             closed = generator.permutation(group.size)[: max(1, group.size // 2)]
             keep[group.start + closed] = False
         try:
-            small, cut = smaller(self.model, self.structure, keep, self.args, self.kwargs)
-            trial = compare(self.model, small, self.structure, cut, keep, self.args, self.kwargs, self.training)
+            cut = cut_of(self.structure, keep)
+            trial = try_cut(self.model, self.structure, cut, keep, self.args, self.kwargs, self.training)
             check(self.structure, keep, trial)
         except RemovalError as error:
             return error

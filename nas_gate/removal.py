@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from nas_gate.gating import choice_at, normalize_over_all, normalize_over_kept
 from nas_gate.modules import Choice, Zero, copied
 from nas_gate.structure import Structure
 from nas_gate.structure.graph import found_in
-from nas_gate.structure.sizes import Calls, Corrections, compared, correct, watched, ways_to_run
+from nas_gate.structure.sizes import Corrections, Needs, correct, first_run
 from nas_gate.structure.trace import macs_of, mode_of, output_tensors, plain_operations, tensors_of, unchanged
 
 TOLERANCE = 1e-4
@@ -306,62 +306,28 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 def smaller(
     model: nn.Module, structure: Structure, keep: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[nn.Module, Cut]:
-    """The smaller model for a boolean keep, shape (units,), and its cut, complete with corrections."""
+    """The smaller model for a boolean keep, shape (units,), and its cut, complete with corrections; without proof."""
     cut = cut_of(structure, keep)
     small = cut_model(model, cut)
-    corrections = _corrections(model, small, structure, cut, keep, args, kwargs) if structure.given else {}
-    for path, of_module in corrections.items():
-        correct(small.get_submodule(path), of_module)
+    with unchanged(small), mode_of(small, training=False), plain_operations():
+        _, corrections = first_run(small, _needs(model, structure, cut, keep), lambda: _seeded(small, args, kwargs))
     return small, replace(cut, corrections=corrections)
 
 
-def _corrections(
-    model: nn.Module,
-    small: nn.Module,
-    structure: Structure,
-    cut: Cut,
-    keep: Tensor,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> dict[str, Corrections]:
-    """By module, where its own code gives other sizes or factors than `small`, the model cut by `cut`, needs.
-
-    They come from a run of the smaller model, as far as it can need any. Where it does not run so, it has none.
-    """
+def _needs(model: nn.Module, structure: Structure, cut: Cut, keep: Tensor) -> dict[str, Needs]:
+    """By module of the model that `cut` leaves, the sizes and factors of its calls."""
     kept = np.append(keep.cpu().numpy(), True)  # -1, the last entry: fixed slots stay
     mended = {kind.forward for kind in MENDS}  # their own code gives the right sizes once they are mended
-    sizes: dict[tuple[str, str], list[int]] = {}
-    awaited: set[tuple[str, str]] = set()
+    sizes: dict[str, dict[str, list[int]]] = {}
     for given in structure.given:
-        path = renamed(cut, given.path)
-        if path is not None:
-            key = path, given.call
-            sizes[key] = [
+        path, module = renamed(cut, given.path), model.get_submodule(given.path)
+        if path is not None and ("forward" in vars(module) or type(module).forward not in mended):
+            sizes.setdefault(path, {})[given.call] = [
                 int(kept[given.units[i]].sum()) * (1 if n > 0 else -1) if i in given.units else n
                 for i, n in enumerate(given.sizes)
             ]
-            module = model.get_submodule(given.path)
-            if "forward" in vars(module) or type(module).forward not in mended:
-                awaited.add(key)
-    factors = {
-        (path, call): factor
-        for before, of in structure.factors.items()
-        if (path := renamed(cut, before)) is not None
-        for call, factor in of.items()
-    }
-
-    def run(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Corrections]:
-        def watch(calls: Calls) -> None:
-            with mode_of(network, training=False), watched(network, calls):
-                _seeded(network, args, kwargs)
-
-        return compared(watch, sizes, factors, {*awaited, *factors})
-
-    with unchanged(small), plain_operations():
-        for way in ways_to_run(small, args, kwargs):
-            with suppress(Exception):  # its calls may not be those of the dense run: as it is, it may run all the same
-                return run(*way)
-    return {}
+    factors = {path: of for before, of in structure.factors.items() if (path := renamed(cut, before)) is not None}
+    return {path: Needs(sizes.get(path, {}), factors.get(path, {})) for path in {**sizes, **factors}}
 
 
 def _owner(name: str) -> str:
@@ -435,12 +401,14 @@ def _holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One comparison of the gated with the removed model, and the removed model's counted cost.
+    """A smaller model with its cut, compared with the gated one, and its counted cost.
 
     `error` is the relative error in the model's own precision, `exact` that in float64 where `error` raised a doubt
     and the model can compute in float64.
     """
 
+    model: nn.Module
+    cut: Cut
     error: float
     exact: float | None
     macs: int
@@ -455,9 +423,8 @@ class RemovalError(RuntimeError):
         self.path = path
 
 
-def compare(
+def try_cut(
     model: nn.Module,
-    small: nn.Module,
     structure: Structure,
     cut: Cut,
     keep: Tensor,
@@ -465,14 +432,13 @@ def compare(
     kwargs: Mapping[str, Any],
     training: bool = False,
 ) -> Trial:
-    """Compare the gated model with `small`, the model cut by `cut`, in evaluation mode.
+    """Cut the model, find what its modules' own code needs corrected, and compare with the gated model.
 
-    Tensors without information are made random for both meanwhile, so that statistics of norms are never trivial.
-    With `training` the smaller model must run in training mode, too. Raises RemovalError where it does not run.
+    Both are compared in evaluation mode. Tensors without information are made random for both meanwhile, so that
+    statistics of norms are never trivial. With `training` the smaller model must run in training mode, too. Raises
+    RemovalError where it does not run.
     """
-    if cut.zeros:  # code that is only run where layers may be fused looks into modules that have gone
-        with unchanged(small), mode_of(small, training=False), torch.no_grad(), _blaming(small):
-            _seeded(small, args, kwargs)
+    small = cut_model(model, cut)
     random, own = informative(model), tensors_of(small)
     names = {id(t): name for name, t in tensors_of(model).items()}
     smaller = {}
@@ -480,22 +446,29 @@ def compare(
         name, new = names[id(tensor)], renamed(cut, alias)
         if name in random and new in own:
             smaller[new] = cut_tensor(random[name], cut.slots.get(name, {}))
+
+    def counted() -> tuple[Any, int]:
+        with _blaming(small), _Counter() as counter:
+            return _seeded(small, args, kwargs), counter.macs
+
     with ExitStack() as exits:
         for network, tensors in ((model, random), (small, smaller)):
             exits.enter_context(_holding(network, tensors))
             exits.enter_context(unchanged(network))
             exits.enter_context(mode_of(network, training=False))
-        exits.enter_context(plain_operations())
-        with _blaming(small), _Counter() as counter:
-            got = _seeded(small, args, kwargs)
-        if training:
-            with mode_of(small, training=True), _blaming(small):
-                small(*args, **kwargs)
-        with closed(model, structure, keep):
-            error = relative_error(_seeded(model, args, kwargs), got)
-        exact = None if error <= DOUBT else _exact_error(model, small, structure, keep, args, kwargs)
+        with plain_operations():
+            (got, macs), corrections = first_run(small, _needs(model, structure, cut, keep), counted)
+            if training:
+                with mode_of(small, training=True), _blaming(small):
+                    small(*args, **kwargs)
+            with closed(model, structure, keep):
+                error = relative_error(_seeded(model, args, kwargs), got)
+            exact = None if error <= DOUBT else _exact_error(model, small, structure, keep, args, kwargs)
+        if cut.zeros:  # code that is only run where layers may be fused looks into modules that have gone
+            with torch.no_grad(), _blaming(small):
+                _seeded(small, args, kwargs)
     params = sum(p.numel() for p in small.parameters())
-    return Trial(error, exact, counter.macs, params)
+    return Trial(small, replace(cut, corrections=corrections), error, exact, macs, params)
 
 
 def _seeded(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -682,8 +655,7 @@ def remove_units(
     wrong = [c.path for c in structure.choices if int(keep[list(c.units)].sum()) != 1]
     if wrong:
         raise ValueError(f"exactly one candidate of every choice must be kept, but that is not so in {wrong}")
-    small, cut = smaller(model, structure, keep, args, kwargs)
-    trial = compare(model, small, structure, cut, keep, args, kwargs)
+    trial = try_cut(model, structure, cut_of(structure, keep), keep, args, kwargs)
     check(structure, keep, trial)
     error = trial.error if trial.exact is None or trial.error <= TOLERANCE else trial.exact
-    return Removed(small, keep.cpu().clone(), cut, trial.macs, trial.params, error)
+    return Removed(trial.model, keep.cpu().clone(), trial.cut, trial.macs, trial.params, error)

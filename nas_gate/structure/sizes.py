@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import SymInt, Tensor, nn
@@ -125,6 +125,8 @@ def with_factor(
     return (args[0], factor), dict(kwargs)
 
 
+Result = TypeVar("Result")
+
 OnSizes = Callable[[str, str, "list[int]"], "list[int]"]
 """(module, call, sizes) -> the sizes to use."""
 OnFactor = Callable[[str, str, float], float]
@@ -194,7 +196,7 @@ def watched(model: nn.Module, calls: Calls) -> Iterator[None]:
         yield
 
 
-LARGE = 50_000_000
+LARGE = 25_000_000
 """Parameters from which on a run takes longer than the Python that describes it without arithmetic."""
 
 
@@ -241,12 +243,36 @@ class Corrections:
     factors: Mapping[str, float]
 
 
-class CorrectedForward:
-    """Stands in for the `forward` of one module, and runs it with corrected sizes and factors."""
+@dataclass(frozen=True)
+class Needs:
+    """The sizes and factors that the calls of one module's forward pass need in a smaller model."""
 
-    def __init__(self, module: nn.Module, corrections: Corrections) -> None:
-        self.module, self.corrections = module, corrections
-        self.earlier: CorrectedForward | None = module.__dict__.get("forward")  # of a model that was cut before
+    sizes: Mapping[str, Sequence[int]]
+    factors: Mapping[str, float]
+
+
+class CorrectedForward:
+    """Stands in for the `forward` of one module, and runs it with corrected sizes and factors.
+
+    With `needs` it finds the corrections as it runs, and gives every call at once what the corrections will give it.
+    """
+
+    def __init__(self, module: nn.Module, corrections: Corrections, needs: Needs | None = None) -> None:
+        self.module, self._needs = module, needs
+        self.sizes, self.factors = dict(corrections.sizes), dict(corrections.factors)
+        self.earlier: Callable[..., Any] | None = module.__dict__.get("forward")  # of a model that was cut before
+
+    def corrections(self) -> Corrections | None:
+        """What is corrected, None where nothing is."""
+        sizes = {call: wrong for call, wrong in self.sizes.items() if wrong}
+        return Corrections(sizes, self.factors) if sizes or self.factors else None
+
+    def withdraw(self) -> None:
+        """Let the module run as it did before."""
+        if self.earlier is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.earlier
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own forward returns."""
@@ -266,16 +292,18 @@ class CorrectedForward:
         return type(self.module).forward.__code__
 
     def _sizes(self, path: str, call: str, sizes: list[int]) -> list[int]:
-        wrong = self.corrections.sizes.get(call)
-        if wrong is None:
-            return sizes
+        if self._needs is not None and call not in self.sizes:
+            right = self._needs.sizes.get(call, sizes)
+            self.sizes[call] = {i: (n, int(size)) for i, (n, size) in enumerate(zip(right, sizes)) if n != size}
         result = list(sizes)
-        for position, (right, computed) in wrong.items():
-            result[position] = sizes[position] * right // computed if computed else right
+        for position, (right_size, computed) in self.sizes.get(call, {}).items():
+            result[position] = sizes[position] * right_size // computed if computed else right_size
         return result
 
     def _factor(self, path: str, call: str, factor: float) -> float:
-        return self.corrections.factors.get(call, factor)
+        if self._needs is not None and self._needs.factors.get(call, factor) != factor:
+            self.factors[call] = self._needs.factors[call]
+        return self.factors.get(call, factor)
 
 
 def correct(module: nn.Module, corrections: Corrections) -> None:
@@ -283,47 +311,33 @@ def correct(module: nn.Module, corrections: Corrections) -> None:
     module.forward = CorrectedForward(module, corrections)
 
 
-class _AllSeen(Exception):
-    """Ends a run whose rest has nothing to tell."""
+def first_run(
+    model: nn.Module, needs: Mapping[str, Needs], run: Callable[[], Result]
+) -> tuple[Result, dict[str, Corrections]]:
+    """What the first run of a smaller model gives, and the corrections that it finds, by module.
 
-
-def compared(
-    run: Callable[[Calls], None],
-    sizes: Mapping[tuple[str, str], Sequence[int]],
-    factors: Mapping[tuple[str, str], float],
-    awaited: Collection[tuple[str, str]],
-) -> dict[str, Corrections]:
-    """By module, the calls of a smaller model that its own code gives other sizes or factors than it needs.
-
-    `run` runs the model under the `Calls` that it is given: every (module, call) gets the `sizes` and `factors` that it
-    needs, and what it would have got otherwise is noted. When all `awaited` calls have been seen, the run ends.
+    The modules are corrected in place. Where the run fails with corrections (its calls may not be those of the dense
+    run, from which the `needs` of modules come), it is repeated without any.
     """
-    wrong_sizes: dict[str, dict[str, dict[int, tuple[int, int]]]] = {}
-    wrong_factors: dict[str, dict[str, float]] = {}
-    left = set(awaited)
-
-    def seen(path: str, call: str) -> None:
-        left.discard((path, call))
-        if not left:
-            raise _AllSeen
-
-    def on_sizes(path: str, call: str, given: list[int]) -> list[int]:
-        right = sizes.get((path, call), given)
-        wrong = {i: (n, int(size)) for i, (n, size) in enumerate(zip(right, given)) if n != size}
-        if wrong:
-            wrong_sizes.setdefault(path, {})[call] = wrong
-        seen(path, call)
-        return list(right) if wrong else given
-
-    def on_factor(path: str, call: str, given: float) -> float:
-        right = factors.get((path, call), given)
-        if right != given:
-            wrong_factors.setdefault(path, {})[call] = right
-        seen(path, call)
-        return right
-
-    if left:
-        with suppress(_AllSeen):
-            run(Calls(on_sizes, on_factor))
-    paths = sorted({*wrong_sizes, *wrong_factors})
-    return {path: Corrections(wrong_sizes.get(path, {}), wrong_factors.get(path, {})) for path in paths}
+    learning = {
+        path: CorrectedForward(model.get_submodule(path), Corrections({}, {}), of) for path, of in needs.items()
+    }
+    for forward in learning.values():
+        forward.module.forward = forward
+    try:
+        result = run()
+    except Exception:
+        if not any(forward.corrections() for forward in learning.values()):
+            raise
+        learning_failed = True
+    else:
+        learning_failed = False
+    finally:
+        for forward in learning.values():
+            forward.withdraw()
+    if learning_failed:
+        return run(), {}
+    found = {path: corrections for path in sorted(learning) if (corrections := learning[path].corrections())}
+    for path, corrections in found.items():
+        correct(model.get_submodule(path), corrections)
+    return result, found
