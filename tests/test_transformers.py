@@ -21,7 +21,7 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerB
 import nas_gate
 from nas_gate import candidate
 from nas_gate.attention import HeadsAttention
-from nas_gate.structure.sizes import Corrections, correct
+from nas_gate.structure.sizes import Corrections, Needs, correct, first_run
 from nas_gate.structure.trace import plain_operations
 
 STEADY = settings(max_examples=8, derandomize=True, deadline=None)
@@ -300,6 +300,28 @@ def test_corrections_by_hand():
     assert type(module) is Folded
     correct(module, Corrections({"reshape:0": {0: (1, 3)}}, {}))  # cut again: the earlier corrections come first
     assert torch.equal(module(torch.ones(4, 6)), torch.full((4, 6), 0.25))
+
+
+def test_corrections_are_found_in_a_run():
+    """The first run gives what later ones give; one that fails with corrections is repeated without any."""
+
+    class Literal(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(-1, 3, 2) * 0.5
+
+    x = torch.arange(8.0).reshape(2, 4)
+    module = Literal()
+    needs = {"": Needs({"reshape:0": [-1, 2, 2]}, {"mul:0": 0.25})}
+    result, found = first_run(module, needs, lambda: module(x))
+    assert torch.equal(result, x.reshape(2, 2, 2) * 0.25)
+    assert torch.equal(module(x), result)
+    assert found == {"": Corrections({"reshape:0": {1: (2, 3)}}, {"mul:0": 0.25})}
+
+    module = Literal()
+    result, found = first_run(module, {"": Needs({"reshape:0": [5, 5, 5]}, {})}, lambda: module(torch.ones(1, 6)))
+    assert torch.equal(result, torch.full((1, 3, 2), 0.5))
+    assert found == {}
+    assert "forward" not in vars(module)
 
 
 def test_a_size_that_is_no_units_is_left_alone():
