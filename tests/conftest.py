@@ -1,6 +1,7 @@
-"""Studies for the tests of what looks at finished candidates: real candidates, with figures set by hand."""
+"""What several tests share: studies of real candidates with figures set by hand, and what to do without a program."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ from nas_gate import cli
 from nas_gate.search import search
 
 DENSE = {"dense_accuracy": 0.95, "dense_macs": 1_000_000, "dense_params": 100_000}
+
+
+def missing(program: str) -> None:
+    """Skip what needs a program that is not installed; fail where nothing may be skipped, as in CI."""
+    if os.environ.get("NAS_GATE_SKIP_NOTHING"):
+        pytest.fail(f"needs {program}, and NAS_GATE_SKIP_NOTHING is set")
+    pytest.skip(f"needs {program}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -642,7 +642,10 @@ def test_training_the_original_goes_on_working(kind: type) -> None:
 
 def test_other_optimisers_are_let_alone() -> None:
     attached()
-    torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1).step()
+    other = nn.Parameter(torch.ones(2))
+    other.grad = torch.ones(2)
+    torch.optim.SGD([other], lr=0.25).step()
+    assert other.tolist() == [0.75, 0.75]
 
 
 def test_check_optimizers() -> None:

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import as_errors, set_json
+from conftest import as_errors, missing, set_json
 
 import nas_gate
 from nas_gate import candidate, cli
 from nas_gate.collect import collect
 from nas_gate.report import page, report_data
-
-REQUIRED = "NAS_GATE_SKIP_NOTHING"
-"""Set where a browser must be there, as in CI."""
 
 
 def command(settings: Any) -> str:
@@ -167,8 +164,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Debian's Chromium without a window and without a network."""
     places = shutil.which("chromium"), shutil.which("chromedriver")
     if None in places:
-        message = "needs chromium and chromedriver (Debian: chromium, chromium-driver)"
-        pytest.fail(message) if os.environ.get(REQUIRED) else pytest.skip(message)
+        missing("chromium and chromedriver (Debian: chromium, chromium-driver)")
     webdriver = pytest.importorskip("selenium.webdriver")
     from selenium.webdriver.chrome.service import Service
 

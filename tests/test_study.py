@@ -24,6 +24,7 @@ from typing import Any
 
 import optuna
 import pytest
+from conftest import missing
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
@@ -166,9 +167,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     found = [shutil.which("pg_ctl"), *sorted(glob.glob("/usr/lib/postgresql/*/bin/pg_ctl"))]
     programs = [Path(path).resolve().parent for path in found if path]
     if not programs:
-        if os.environ.get("NAS_GATE_SKIP_NOTHING"):
-            pytest.fail("PostgreSQL is not installed, and NAS_GATE_SKIP_NOTHING is set")
-        pytest.skip("PostgreSQL (initdb, pg_ctl) is not installed")
+        missing("PostgreSQL (initdb, pg_ctl)")
     folder = Path(tempfile.mkdtemp(prefix="pg"))  # a socket's path must be short, and the owner must reach it
     user: dict[str, Any] = {"user": "nobody"} if os.getuid() == 0 else {}  # PostgreSQL refuses to run as root
     if user:

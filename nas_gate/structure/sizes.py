@@ -324,18 +324,17 @@ def first_run(
     }
     for forward in learning.values():
         forward.module.forward = forward
+    failed = False
     try:
         result = run()
-    except Exception:
+    except Exception:  # what was corrected may be to blame; the run without it tells
         if not any(forward.corrections() for forward in learning.values()):
             raise
-        learning_failed = True
-    else:
-        learning_failed = False
+        failed = True
     finally:
         for forward in learning.values():
             forward.withdraw()
-    if learning_failed:
+    if failed:
         return run(), {}
     found = {path: corrections for path in sorted(learning) if (corrections := learning[path].corrections())}
     for path, corrections in found.items():
