@@ -23,7 +23,7 @@ from nas_gate.structure import Structure, Term
 from nas_gate.structure.trace import mode_of, plain_operations
 
 METRICS = ("macs", "params")
-"""What is counted: wanted as a share of the dense model's, in (0, 1)."""
+"""What is counted: wanted as a share of the dense model's, in (0, 1]."""
 
 MEASURED = ("latency_ms",)
 """What is predicted from measurements: wanted in the unit that the name ends with."""
@@ -106,30 +106,24 @@ def check_metric(metric: str) -> None:
         raise ValueError(f"metric must be one of {', '.join((*METRICS, *MEASURED))}, but is {metric!r}")
 
 
-def check_wanted(name: str, wanted: float, metric: str, *, whole: bool = False) -> None:
-    """Raise ValueError unless what is wanted of a metric, called `name`, is above 0 and, where it is a share, below 1.
-
-    With `whole` a share may be 1.
-    """
+def check_wanted(name: str, wanted: float, metric: str) -> None:
+    """Raise ValueError unless what is wanted of a metric, called `name`, is above 0 and, where it is a share, at most 1."""
     if metric in MEASURED:
         if not 0 < wanted < math.inf:
             raise ValueError(f"`{name} > 0` must hold for {metric}, but got {name}={wanted}")
-    elif not (0 < wanted < 1 or (whole and wanted == 1)):
-        sign = "<=" if whole else "<"
-        raise ValueError(
-            f"`0 < {name} {sign} 1` must hold for the wanted share of the dense cost, but got {name}={wanted}"
-        )
+    elif not 0 < wanted <= 1:
+        raise ValueError(f"`0 < {name} <= 1` must hold for the wanted share of the dense cost, but got {name}={wanted}")
 
 
-def check_budgets(target: float, metric: str, limits: Mapping[str, float], *, whole: bool = False) -> None:
+def check_budgets(target: float, metric: str, limits: Mapping[str, float]) -> None:
     """Raise ValueError unless a target and the limits beside it can be wanted: see `check_wanted`."""
     check_metric(metric)
-    check_wanted("target", target, metric, whole=whole)
+    check_wanted("target", target, metric)
     for name, limit in limits.items():
         check_metric(name)
         if name == metric:
             raise ValueError(f"limits must be of other metrics than the target, but both are of {metric!r}")
-        check_wanted(f"limits.{name}", limit, name, whole=whole)
+        check_wanted(f"limits.{name}", limit, name)
 
 
 def _form(structure: Structure, terms: Sequence[Term]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

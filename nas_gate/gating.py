@@ -287,7 +287,7 @@ def penalty(
     metric}, adds such a term for what exceeds it; below it there is none.
     """
     limits = limits or {}
-    check_budgets(target, metric, limits, whole=True)
+    check_budgets(target, metric, limits)
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, but is {power}")
     if weight < 0:
@@ -324,7 +324,7 @@ class Lagrangian:
         limits: Mapping[str, float] | None = None,
     ) -> None:
         self.limits = dict(limits or {})
-        check_budgets(target, metric, self.limits, whole=True)
+        check_budgets(target, metric, self.limits)
         if rate <= 0 or multiplier < 0:
             raise ValueError(f"`rate > 0` and `multiplier >= 0` must hold, but got {rate=}, {multiplier=}")
         self.target, self.rate, self.metric, self.multiplier = target, rate, metric, multiplier

@@ -91,7 +91,7 @@ class Leg:
 class Settings:
     """All that determines a trial's result.
 
-    `target` is the wanted share of the dense network's `metric` ("macs" or "params"), in (0, 1), or milliseconds of
+    `target` is the wanted share of the dense network's `metric` ("macs" or "params"), in (0, 1], or milliseconds of
     "latency_ms", as `latency` says; `targets`, strictly descending, takes its place where one trial shall give several
     candidates. Each candidate meets `limits`, too: {metric: the most of it, as a target of that metric}. Counts of
     kept units are multiples of `round_to` where they can be. `dense` trains the network with all units, `cycle` the

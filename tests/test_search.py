@@ -294,6 +294,19 @@ def test_a_baseline_cuts_trained_dense_weights_and_trains_as_long(
     assert result["macs"] == int(nas_gate.CostModel(structure)(keep)) <= 0.6 * result["dense_macs"]
 
 
+def test_a_target_of_1_trains_the_dense_network_over_the_whole_cycle(
+    whole: tuple[Path, dict[str, Any], str], tmp_path: Path
+):
+    folder, gates, _ = whole
+    settings = replace(TINY, method="uniform", target=1.0)
+    result = search.search(settings, tmp_path / "run", cache_dir=folder / "dense")
+    assert (result["macs_ratio"], result["params_ratio"], result["achieved"]) == (1, 1, 1)
+    assert result["macs"] == gates["dense_macs"]
+    assert result["landed_accuracy"] == result["dense_accuracy"] == gates["dense_accuracy"]
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert len(history["finetuned"]) == TINY.cycle.epochs
+
+
 def test_the_hook_sees_every_epoch_once_and_may_end_the_trial(whole: tuple[Path, dict[str, Any], str], tmp_path: Path):
     folder, result, _ = whole
     moments: list[search.Moment] = []
@@ -457,10 +470,10 @@ def changed(**change: Any) -> Settings:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: changed(target=0.0), r"0 < target < 1.*got target=0\.0"),
-        (lambda: changed(target=1.0), r"0 < target < 1.*got target=1\.0"),
+        (lambda: changed(target=0.0), r"0 < target <= 1.*got target=0\.0"),
+        (lambda: changed(target=1.5), r"0 < target <= 1.*got target=1\.5"),
         (lambda: changed(target=0.5, targets=()), r"`targets` must hold at least one"),
-        (lambda: changed(target=0.5, targets=(1.0, 0.7)), r"0 < target < 1.*got target=1\.0"),
+        (lambda: changed(target=0.5, targets=(1.5, 0.7)), r"0 < target <= 1.*got target=1\.5"),
         (lambda: changed(target=0.5, targets=(0.5, 0.7)), r"must descend strictly.*got \(0\.5, 0\.7\)"),
         (lambda: changed(target=0.5, targets=(0.5, 0.5)), r"must descend strictly"),
         (lambda: changed(target=0.4, targets=(0.7, 0.5)), r"`targets` or `target`, not both.*got 0\.4"),

@@ -188,7 +188,7 @@ def test_a_study_of_searches_interrupted_killed_and_run_again(tmp_path: Path):
         (["seed=range(3)", "hydra/launcher=cluster", "hydra.sweeper.early_stopping={}"], "hydra/launcher=cluster runs"),
         (["seed=range(3)", "hydra.sweeper.enqueue=[{seed:1},{methodd:l1}]"], "methodd=l1: Could not override"),
         (["seed=range(3)", "hydra.sweeper.enqueue=[{method:l3}]"], "method=l3: `method` must be one of"),
-        (["target=interval(0.3,1.5)"], "No trial can have target=1.5: `0 < target < 1` must hold"),
+        (["target=interval(0.3,1.5)"], "No trial can have target=1.5: `0 < target <= 1` must hold"),
         (["seed=range(3)", "method=choice(l1,gates,l3)"], "No trial can have seed=0 method=l3: `method` must"),
     ],
 )
