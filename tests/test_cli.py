@@ -73,7 +73,7 @@ def test_the_same_command_in_the_same_folder_is_the_same_run(monkeypatch: pytest
     ("arguments", "message"),
     [
         (["serch"], "There is no command 'serch'; commands: search, inspect"),
-        (["search", "target=2"], "`0 < target < 1` must hold"),
+        (["search", "target=2"], "`0 < target <= 1` must hold"),
         (["search", "target=half"], "`target` must be float, but is 'half'"),
         (["search", "target=0.0001"], "below what is reachable"),
         (["search", "targets=0.5"], "`targets` must be a list of numbers, but is 0.5"),

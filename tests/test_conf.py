@@ -133,7 +133,7 @@ def test_limits_and_latency():
     assert settings_of(composed(["metric=latency_ms", "targets=[3,2.5]"])).targets == (3.0, 2.5)
     for override, message in (
         ("limits.params=half", "`limits.params` must be float, but is 'half'"),
-        ("limits.params=40", r"`0 < limits.params < 1` must hold"),
+        ("limits.params=40", r"`0 < limits.params <= 1` must hold"),
         ("+limits.flops=0.4", "latency_ms, but is 'flops'"),
         ("limits.macs=0.4", "limits must be of other metrics than the target"),
         ("latency.threads=0", "`latency.threads >= 1` must hold"),

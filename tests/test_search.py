@@ -484,7 +484,7 @@ def changed(**change: Any) -> Settings:
         (lambda: changed(metric="flops"), "metric must be one of macs, params"),
         (lambda: changed(limits={"flops": 0.5}), "metric must be one of macs, params, latency_ms, but is 'flops'"),
         (lambda: changed(limits={"macs": 0.5}), "limits must be of other metrics than the target"),
-        (lambda: changed(limits={"params": 1.0}), r"0 < limits\.params < 1.*got limits\.params=1\.0"),
+        (lambda: changed(limits={"params": 1.5}), r"0 < limits\.params <= 1.*got limits\.params=1\.5"),
         (lambda: changed(limits={"latency_ms": 0.0}), r"limits\.latency_ms > 0.*got limits\.latency_ms=0\.0"),
         (lambda: changed(limits={"params": 0.001}), r"limits\.params=0\.001 is below what is reachable"),
         (lambda: changed(metric="latency_ms", target=-1.0), r"target > 0.*for latency_ms, but got target=-1\.0"),
