@@ -617,7 +617,7 @@ def _blaming(model: nn.Module) -> Iterator[None]:
         except Exception as error:
             path = running[-1] if running else ""
             where = f" in {path}" if path else ""
-            message = " ".join(str(error).split())
+            message = " ".join(str(error).split()) or "no message; sizes that a module keeps: see nas_gate.MENDS"
             raise RemovalError(
                 f"the smaller model fails{where}: {type(error).__name__}: {message[:300]}", path
             ) from error

@@ -1706,6 +1706,20 @@ class Spread(nn.Module):
         return x * self.weight.view(1, -1, 1, 1)
 
 
+class Asserting(Spread):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.channels:
+            raise AssertionError  # as `assert` does outside of pytest, which gives it a message
+        return x * self.weight.view(1, -1, 1, 1)
+
+
+def test_a_failure_without_a_message_is_given_one():
+    model = Net(lambda s, x: s.h(s.b(s.n(s.a(x)))), a=conv(3, 8), n=Asserting(8), b=conv(8, 6), h=head(6))
+    (reason,) = {f.reason for f in nas_gate.analyze(model, image()).fixed if f.tensor == "n.weight"}
+    assert reason.startswith("the smaller model fails in n: AssertionError: ")
+    assert reason.endswith("see nas_gate.MENDS")
+
+
 def test_a_module_with_a_size_is_fixed_until_the_user_adds_a_mend(monkeypatch):
     model = Net(lambda s, x: s.h(s.b(s.n(s.a(x)))), a=conv(3, 8), n=Spread(8), b=conv(8, 6), h=head(6))
     structure = nas_gate.analyze(model, image())
