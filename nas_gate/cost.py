@@ -107,7 +107,7 @@ def check_metric(metric: str) -> None:
 
 
 def check_wanted(name: str, wanted: float, metric: str) -> None:
-    """Raise ValueError unless what is wanted of a metric, called `name`, is above 0 and, where it is a share, at most 1."""
+    """Raise ValueError unless what is wanted of a metric, called `name`, is above 0 and, for a share, at most 1."""
     if metric in MEASURED:
         if not 0 < wanted < math.inf:
             raise ValueError(f"`{name} > 0` must hold for {metric}, but got {name}={wanted}")
