@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -73,10 +73,11 @@ def choose(
     """A boolean keep, shape (units,), whose cost is at most `target` times the dense cost, and close to it.
 
     Units close in ascending order of `scores`, shape (units,), until the target and all `limits`, {metric: as a target
-    of that metric}, are met: opening the unit that was closed last would exceed one (with `round_to`, the last block of
-    units). Every group keeps at least `minimum` units and a multiple of `round_to`, its highest scores. Targets of
-    "latency_ms" are milliseconds, as the table `latency` has them. Of a choice the candidate of the highest score is
-    open, a dearer or cheaper one where the target demands it (see `_steps`). Where a branch or a candidate is what
+    of that metric}, are met: opening the unit that was closed last would exceed one. With `round_to` whole blocks of
+    units close; one can cost much, so that others open again as long as one fits. Every group keeps at least `minimum`
+    units and a multiple of `round_to`, its highest scores. Targets of "latency_ms" are milliseconds, as the table
+    `latency` has them. Of a choice the candidate of the highest score is open, a dearer or cheaper one where the target
+    demands it (see `_steps`). Where a branch or a candidate is what
     closes last, units of lower scores open again as far as the target allows. Raises ValueError where one is out of
     reach; a target above what is reachable leaves all open.
     """
@@ -113,9 +114,12 @@ def choose(
             left[group[opened[-1] if len(opened) else sequence.start[index]]] = 1
         return left
 
+    def within(left: Ints) -> bool:
+        open_units = torch.from_numpy(left).double()
+        return all(float(cost.of_counts(open_units, priced)) / unit <= most for priced, unit, most in budgets)
+
     def fits(done: Ints) -> bool:
-        left = torch.from_numpy(counts(done)).double()
-        return all(float(cost.of_counts(left, priced)) / unit <= most for priced, unit, most in budgets)
+        return within(counts(done))
 
     def first(high: int, then: Ints) -> int:
         """The fewest steps, at most `high`, that meet all budgets together with `then`."""
@@ -134,11 +138,40 @@ def choose(
     while done and structure.groups[group[steps[done - 1]]].kind != WIDTH:
         then = np.append(steps[done - 1], then)
         done = first(done - 1, then)
+    ranked = [g.start + np.argsort(-values[g.start : g.stop], kind="stable") for g in structure.groups]
+    left = counts(np.append(steps[:done], then))
+    if round_to > 1:
+        left = _filled(structure, values, ranked, left, round_to, within)
     keep = np.zeros(len(values), dtype=bool)
-    for g, n in zip(structure.groups, counts(np.append(steps[:done], then))):
-        best = np.argsort(-values[g.start : g.stop], kind="stable")[:n]
-        keep[g.start + best] = True
+    for units, n in zip(ranked, left):
+        keep[units[:n]] = True
     return torch.from_numpy(keep)
+
+
+def _filled(
+    structure: Structure,
+    scores: npt.NDArray[np.float64],
+    ranked: Sequence[Ints],
+    left: Ints,
+    round_to: int,
+    within: Callable[[Ints], bool],
+) -> Ints:
+    """`left`, open units of every group, with every closed block of width open again that `within` allows.
+
+    The last block to close can cost far more than what was missing to the target. The block of the highest score comes
+    first, each by its best unit.
+    """
+    left = left.copy()
+    full = [g.kind != WIDTH for g in structure.groups]
+    while open_groups := [i for i, g in enumerate(structure.groups) if not full[i] and left[i] < g.size]:
+        best = max(open_groups, key=lambda i: scores[ranked[i][left[i]]])
+        more = left.copy()
+        more[best] = min(left[best] + round_to, structure.groups[best].size)
+        if within(more):
+            left = more
+        else:
+            full[best] = True
+    return left
 
 
 def _sizes(structure: Structure) -> Ints:
