@@ -77,9 +77,9 @@ def choose(
     units close; one can cost much, so that others open again as long as one fits. Every group keeps at least `minimum`
     units and a multiple of `round_to`, its highest scores. Targets of "latency_ms" are milliseconds, as the table
     `latency` has them. Of a choice the candidate of the highest score is open, a dearer or cheaper one where the target
-    demands it (see `_steps`). Where a branch or a candidate is what
-    closes last, units of lower scores open again as far as the target allows. Raises ValueError where one is out of
-    reach; a target above what is reachable leaves all open.
+    demands it (see `_steps`). Where a branch or a candidate is what closes last, units of lower scores open again as
+    far as the target allows. Raises ValueError where one is out of reach; a target above what is reachable leaves all
+    open.
     """
     wanted = {"target": (metric, target), **{f"limits.{name}": (name, x) for name, x in (limits or {}).items()}}
     check_budgets(target, metric, limits or {})
