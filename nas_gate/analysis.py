@@ -201,15 +201,17 @@ def attach(
     gate: Gate | None = None,
     rules: Mapping[Any, Rule] = RULES,
     depth: bool = False,
+    round_to: int = 1,
 ) -> GatedModel:
     """A copy of the model with a gate on every removable unit; with all gates open it is the same function.
 
-    `gate` is the gate function (default: the trainable gate with constant gradient), the other arguments are those
-    of `analyze`. Build the optimiser afterwards, from `gated.parameters()`. Raises ValueError where the model rejects
-    its inputs or has no removable unit.
+    `gate` is the gate function (default: the trainable gate with constant gradient). With `round_to` the open units of
+    every group are a multiple of it at every step (or all), so that weights and gates learn with the very widths that
+    landing will leave. The other arguments are those of `analyze`. Build the optimiser afterwards, from
+    `gated.parameters()`. Raises ValueError where the model rejects its inputs or has no removable unit.
     """
     structure = analyze(model, example_inputs, keywords, rules, depth)
-    gated = GatedModel(copied(model), structure, gate, arguments(example_inputs, keywords))
+    gated = GatedModel(copied(model), structure, gate, arguments(example_inputs, keywords), round_to)
     gated.training = model.training  # the model's own modules keep the modes that they are in
     gated.gates.train(model.training)
     refuse_optimizers_of(model)
@@ -220,12 +222,16 @@ def land(
     gated: GatedModel,
     target: float,
     metric: str = "macs",
-    round_to: int = 1,
+    round_to: int | None = None,
     minimum: int | Mapping[str, int] = 1,
     limits: Mapping[str, float] | None = None,
 ) -> Tensor:
-    """The boolean keep, shape (units,), that the learned gates land on for a target: see `landing.choose`."""
+    """The boolean keep, shape (units,), that the learned gates land on for a target: see `landing.choose`.
+
+    `round_to` is that which the gates have learned with, where none is given.
+    """
     scores, latency = gated.gates.weight, gated.cost.table
+    round_to = gated.gates.round_to if round_to is None else round_to
     return landing.choose(gated.structure, scores, target, metric, round_to, minimum, limits, latency)
 
 
@@ -240,7 +246,7 @@ def remove(
     gated: GatedModel,
     target: float,
     metric: str = "macs",
-    round_to: int = 1,
+    round_to: int | None = None,
     minimum: int | Mapping[str, int] = 1,
     limits: Mapping[str, float] | None = None,
 ) -> nn.Module:

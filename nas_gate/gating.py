@@ -146,8 +146,9 @@ class Gates(nn.Module):
     """Gate weights of all units, shape (units,), and the gate function that turns them into keep.
 
     The `minimum` highest gate weights of every group are held open, so that the network is never cut in two (not those
-    of branches, without which it stays whole). Of every choice the highest is held open and all others closed. What
-    is held receives the gate's gradient all the same.
+    of branches, without which it stays whole), and above `round_to` 1 as many more as make a multiple of it, so that
+    whole blocks close. Of every choice the highest is held open and all others closed. What is held receives the
+    gate's gradient all the same.
     """
 
     _set: Tensor
@@ -155,19 +156,25 @@ class Gates(nn.Module):
     _least: Tensor
     _most: Tensor
 
-    def __init__(self, structure: Structure, function: Gate, minimum: int = 1) -> None:
+    def __init__(self, structure: Structure, function: Gate, minimum: int = 1, round_to: int = 1) -> None:
         super().__init__()
+        if minimum < 1 or round_to < 1:
+            raise ValueError(f"`minimum >= 1` and `round_to >= 1` must hold, but got {minimum=}, {round_to=}")
         self.function = function
         self.weight = nn.Parameter(torch.full((structure.units,), float(function.initial)))
         for name, values in zip(("_set", "_start", "_least", "_most"), structure.rivals()):
             self.register_buffer(name, torch.from_numpy(values), persistent=False)
-        self.minimum = minimum
+        self.minimum, self.round_to = minimum, round_to
 
     def forward(self) -> Tensor:
         """Keep, shape (units,), in [0, 1]."""
         keep: Tensor = self.function(self.weight)
         rank = self.ranks()
-        held = rank < (self._least * self.minimum).minimum(self._most)[self._set]
+        least = (self._least * self.minimum).minimum(self._most)
+        if self.round_to > 1:
+            open_units = torch.zeros_like(least).index_add(0, self._set, (keep > 0.5).to(least.dtype))
+            least = (least.maximum(open_units) + self.round_to - 1) // self.round_to * self.round_to
+        held = rank < least[self._set]
         keep = torch.where(held, keep + (1 - keep).detach(), keep)
         return torch.where(rank >= self._most[self._set], keep - keep.detach(), keep)
 
@@ -198,6 +205,7 @@ class GatedModel(nn.Module):
         structure: Structure,
         function: Gate | None = None,
         example_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {}),
+        round_to: int = 1,
     ) -> None:
         super().__init__()
         if not structure.groups:
@@ -209,7 +217,7 @@ class GatedModel(nn.Module):
         self.model = model
         self.structure = structure
         self.cost = CostModel(structure)
-        self.gates = Gates(structure, TrainableGate() if function is None else function)
+        self.gates = Gates(structure, TrainableGate() if function is None else function, round_to=round_to)
         self.factors = Factors(structure, {n: tuple(t.shape) for n, t in _named(model).items()})
         self.norms = Norms(structure)
         self.example_inputs = example_inputs

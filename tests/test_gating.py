@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nas_gate
-from nas_gate import GatedModel, Lagrangian, models, penalty
+from nas_gate import GatedModel, Lagrangian, landing, models, penalty
 from nas_gate.gates import GATES, TrainableGate, make_gate
 from nas_gate.gating import Gates, check_optimizers, ranks
 
@@ -213,6 +215,60 @@ def test_a_higher_minimum() -> None:
     with torch.no_grad():
         gates.weight.copy_(torch.tensor([-3.0, -1, -5, -2, -4, -6]))
     assert gates().tolist() == [1, 1, 0, 1, 0, 0]
+
+
+def test_whole_blocks_by_hand() -> None:
+    structure = attached().structure
+    gates = Gates(structure, TrainableGate(), round_to=4)
+    with torch.no_grad():
+        gates.weight.copy_(torch.tensor([0.3, -1, 0.2, -0.1, -2, 0.1]))
+        assert gates().tolist() == [1, 0, 1, 1, 0, 1], "three are above 0, and the next is held open"
+        gates.weight[5] = 0.5
+        gates.weight[3] = 0.4
+        assert gates().tolist() == [1, 0, 1, 1, 0, 1]
+        gates.weight[4] = 0.1
+        assert gates().tolist() == [1, 1, 1, 1, 1, 1], "of six units, all are the next block"
+        gates.weight.fill_(-1)
+        assert gates().tolist() == [1, 1, 1, 1, 0, 0], "the least is a block, too"
+
+
+@pytest.mark.parametrize("function", sorted(GATES))
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**20), round_to=st.integers(1, 8))
+def test_gates_in_blocks_are_what_landing_leaves(function: str, seed: int, round_to: int) -> None:
+    gates = Gates(BLOCKS.structure, make_gate(function), round_to=round_to).eval()
+    gates.function.set_progress(1.0)
+    weight = torch.randn(BLOCKS.structure.units, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        gates.weight.copy_(weight)
+    keep = gates() > 0.5
+    share = float(BLOCKS.cost.share(keep, "macs"))
+    assert torch.equal(keep, landing.choose(BLOCKS.structure, weight, share, round_to=round_to))
+
+
+BLOCKS = nas_gate.attach(models.build("resnet20", width=0.5), torch.randn(1, 3, 8, 8))  # groups of 8, 16 and 32
+
+
+def test_blocks_are_trained_landed_and_removed() -> None:
+    gated = nas_gate.attach(models.build("cifar_mobilenet_v2"), torch.randn(1, 3, 16, 16), round_to=8)
+    torch.nn.init.uniform_(gated.gates.weight, generator=torch.Generator().manual_seed(0))
+    optimiser = torch.optim.Adam(gated.gate_parameters(), lr=0.05)
+    train(gated, optimiser, 60, lambda: penalty(gated, 0.5, weight=8.0))
+    assert abs(gated.cost_share().item() - 0.5) < 0.1
+    sizes = torch.tensor([g.size for g in gated.structure.groups])
+    for keep in (gated.keep() > 0.5, nas_gate.land(gated, 0.6)):
+        left = torch.from_numpy(gated.structure.open_units(keep))
+        assert bool(((left % 8 == 0) | (left == sizes)).all())
+        assert bool((left < sizes).any())
+    assert nas_gate.remove_with_proof(gated, nas_gate.land(gated, 0.6)).max_relative_error < 1e-4
+    single = torch.from_numpy(gated.structure.open_units(nas_gate.land(gated, 0.6, round_to=1)))
+    assert bool(((single % 8 != 0) & (single != sizes)).any())
+
+
+@pytest.mark.parametrize("options", [{"round_to": 0}, {"minimum": 0}])
+def test_blocks_below_one(options: dict) -> None:
+    with pytest.raises(ValueError, match=r"`minimum >= 1` and `round_to >= 1` must hold"):
+        Gates(attached().structure, TrainableGate(), **options)
 
 
 def test_ranks_within_groups_by_hand() -> None:
