@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one test process per core: a thread each, theirs and their children's
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from nas_gate import cli
 from nas_gate.search import search
 
