@@ -88,6 +88,7 @@ EXPORT_EXAMPLES = """\
 examples:
   nas-gate export runs/studies/digits/7/candidate                       into .../7/candidate/export
   nas-gate export runs/studies/digits/7 --format onnx -o deploy
+  nas-gate export runs/studies/digits/7 --format onnx --pad-to 8        quicker in ONNX Runtime
   nas-gate export runs/studies/digits --format onnx --batch-sizes 1     latency of a whole study
   nas-gate export runs/mine --factory my_package.nets:small             a model of your own
 """
@@ -294,6 +295,14 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--threads", type=_counts, default=(1,), metavar="N,N", help="to measure latency with (default: 1)"
     )
+    parser.add_argument(
+        "--pad-to",
+        type=int,
+        default=1,
+        metavar="N",
+        help="fill convolutions' channels up to multiples of N with some that nothing reads: the same function, "
+        "quicker in ONNX Runtime for N=8 (16 with AVX-512) where counts of channels are any",
+    )
     parser.add_argument("--no-latency", action="store_true", help="measure no latency")
     parser.add_argument(
         *("-o", "--output"), type=Path, metavar="DIR", help="where the files go (default: export in the candidate)"
@@ -322,6 +331,7 @@ def export(arguments: Sequence[str]) -> None:
                 threads=options.threads,
                 output=options.output,
                 measure=not options.no_latency,
+                pad_to=options.pad_to,
             )
             print(describe(exported))
             if exported.latencies:
