@@ -181,7 +181,7 @@ def export(
             widths=widths(network, dense),
             machine=machine(),
             versions=versions,
-            warnings=(*_disagreement(record.figures, macs, shape), *not_followed(latencies, macs_ratio)),
+            warnings=(*_disagreement(record.figures, macs, shape), *not_followed(latencies, macs_ratio, pad_to)),
         )
         (staged / CARD).write_text(card(exported), encoding="utf-8")
         _publish(staged, output)
