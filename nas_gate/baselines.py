@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from nas_gate.gating import ranks
+from nas_gate.gating import GatedModel, ranks
 from nas_gate.structure import WIDTH, Structure
 
 Floats = npt.NDArray[np.float64]
@@ -68,6 +68,24 @@ def uniform(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:
     rank = ranks(scores, torch.from_numpy(group), torch.from_numpy(start)).numpy()
     place: Floats = 1 - (rank + 0.5) / size[group]
     return place
+
+
+def spread_gates(gated: GatedModel, spread: float) -> None:
+    """Let the gates of every group begin in the order of `l1`, first and last `spread` apart around the usual start.
+
+    What a single gate's gradient tells is mostly noise: with one start for all, a group's order would be much chance.
+    Gates of branches and choices begin as usual. In place. Raises ValueError where a gate would begin closed.
+    """
+    structure, initial = gated.structure, gated.gates.function.initial
+    if not 0 <= spread <= 2 * initial:
+        raise ValueError(
+            f"`0 <= spread <= {2 * initial:g}` must hold, so that all gates begin open (around {initial:g}), but got "
+            f"{spread=}"
+        )
+    wide = np.array([g.kind == WIDTH for g in structure.groups], dtype=bool)[structure.group_of_unit()]
+    place = np.where(wide, uniform(structure, gated.model) - 0.5, 0.0)
+    with torch.no_grad():
+        gated.gates.weight.copy_(torch.from_numpy(initial + spread * place))
 
 
 def bn_scale(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:

@@ -31,6 +31,7 @@ from torch.optim import Adam
 
 from nas_gate import candidate
 from nas_gate.analysis import remove_with_proof
+from nas_gate.baselines import spread_gates
 from nas_gate.budgets import GateController
 from nas_gate.cost import MEASURED
 from nas_gate.folders import file_name, held, read_json, refuse_other_settings, write_json
@@ -158,6 +159,7 @@ def search(
         latency = None if gated.cost.table is None else gated.cost.total(MEASURED[0])
         dense = Stage("dense", accuracy, gated.cost.total("macs"), gated.cost.total("params"), latency)
         gated.model.load_state_dict(prepared.dense.state_dict())
+        spread_gates(gated, settings.gating.spread)
         trial = Trial(settings, prepared, run_dir, dense, history, console, on_epoch)
         if settings.targets is None:
             result = find(trial, settings.legs()[0], run_dir)

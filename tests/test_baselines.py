@@ -43,6 +43,29 @@ def test_uniform_is_the_place_in_the_group_by_l1():
     assert scores == pytest.approx([3 / 4, 1 / 4, 5 / 6, 1 / 6, 3 / 6])  # of equal units the first counts more
 
 
+def test_gates_begin_in_the_order_of_l1_around_the_usual_start():
+    gated = nas_gate.attach(network(), torch.randn(1, 2))
+    baselines.spread_gates(gated, 0.6)
+    assert gated.gates.weight.tolist() == pytest.approx([0.5 + 0.6 * p for p in (1 / 4, -1 / 4, 2 / 6, -2 / 6, 0)])
+    baselines.spread_gates(gated, 1.0)
+    assert bool((gated.keep() == 1).all())
+    for spread in (1.01, -0.1):
+        with pytest.raises(ValueError, match=r"`0 <= spread <= 1` must hold"):
+            baselines.spread_gates(gated, spread)
+    baselines.spread_gates(gated, 0.0)
+    assert gated.gates.weight.tolist() == [0.5] * 5
+
+
+def test_gates_of_branches_and_choices_begin_as_usual():
+    gated = nas_gate.attach(models.build("cifar_supernet"), torch.randn(1, 3, 8, 8), depth=True)
+    before = gated.gates.weight.clone()
+    baselines.spread_gates(gated, 0.8)
+    for group in gated.structure.groups:
+        part, was = gated.gates.weight[group.start : group.stop], before[group.start : group.stop]
+        assert part.mean().item() == pytest.approx(was.mean().item())
+        assert torch.equal(part, was) == (group.kind != "width" or group.size == 1)
+
+
 def test_bn_scale_is_the_size_of_gamma_and_groups_without_one_are_average():
     _, scores = scored("bn_scale", network(), torch.randn(1, 2))
     # quantiles 5/6, 1/6 and 1/2 between 0.5 and 2

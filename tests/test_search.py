@@ -493,6 +493,8 @@ def changed(**change: Any) -> Settings:
         (lambda: changed(seed=-1), "seed >= 0"),
         (lambda: changed(gating=Gating(epochs=5)), r"gating.epochs <= cycle.epochs.*=4.* got 5"),
         (lambda: changed(gating=Gating(epochs=1, descent=2.0)), "descent <= 1"),
+        (lambda: changed(gating=Gating(epochs=1, spread=-0.1)), "gating.spread >= 0"),
+        (lambda: changed(gating=Gating(epochs=1, spread=1.1)), "0 <= spread <= 1"),
         (lambda: changed(distillation=search.Distillation(temperature=0.0)), "temperature > 0"),
         (lambda: changed(target=0.001), r"target=0\.001 is below what is reachable.*between 0\.\d+ and 1"),
         (lambda: changed(model=Named("digits_cn")), "unknown model 'digits_cn'.*digits_cnn"),
