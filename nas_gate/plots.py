@@ -276,21 +276,21 @@ def _draw_series(
         )
 
 
-def _frame(axes: Axes, data: FigureData, unit: float, height: float) -> int:
-    """Sets the limits to what matters, and returns how many candidates lie beyond them.
+def _frame(axes: Axes, data: FigureData, unit: float, height: float) -> tuple[int, int]:
+    """Sets the limits to what matters, and returns how many candidates and dense models lie beyond them.
 
-    One collapsed candidate would press all the rest to one edge. So the limit on the side of the worse values follows
-    the fronts, the means and the dense models; candidates far worse than every front are left out of view, and counted
-    in the note.
+    One collapsed candidate would press all the rest to one edge, and so would a supernet, whose dense model has hardly
+    been trained. So the limit on the side of the worse values follows the fronts and the means; what is far worse than
+    every front is left out of view, and counted in the note.
     """
     sign = data.quality.sign  # all that follows is of values that are better for being higher
     points = [point for series in data.series for point in series.points]
     heights = [sign * point.accuracy for point in points if point.on_front]
     heights += [sign * r.accuracy + side * r.accuracy_std for s in data.series for r in s.repeats for side in (-1, 1)]
-    heights += [sign * dense.accuracy for dense in data.dense]
-    low, high = min(heights), max(heights)
+    dense = [sign * each.accuracy for each in data.dense]
+    low, high = min(heights), max([*heights, *dense])
     span = max(high - low, 0.01 if data.quality.percent else 0.01 * max(abs(low), abs(high))) or 1.0
-    floor = min(low, max(min(sign * p.accuracy for p in points), low - 0.35 * span)) - 0.07 * span
+    floor = min(low, max(min([*(sign * p.accuracy for p in points), *dense]), low - 0.35 * span)) - 0.07 * span
     top = high + 0.09 * span
     limits = sorted((sign * floor, sign * top))
     if data.quality.percent and all(0 <= point.accuracy <= 1 for point in points):
@@ -299,7 +299,7 @@ def _frame(axes: Axes, data: FigureData, unit: float, height: float) -> int:
     costs = [point.cost for point in points] + [d.cost for d in data.dense if not math.isnan(d.cost)]
     width = max(costs) - min(costs) or 0.2 * max(costs)
     axes.set_xlim(max(min(costs) - 0.05 * width, 0) / unit, (max(costs) + 0.05 * width) / unit)
-    return sum(sign * point.accuracy < floor for point in points)
+    return sum(sign * point.accuracy < floor for point in points), sum(value < floor for value in dense)
 
 
 def _legend(
@@ -368,7 +368,7 @@ def _figure(data: FigureData) -> Figure:
     for at in data.knees:
         place = [at.cost / unit], [height * at.accuracy]
         axes.scatter(*place, s=150, marker="o", facecolors="none", edgecolors="black", lw=1.3, zorder=6)
-    beyond = _frame(axes, data, unit, height)
+    beyond, dense_beyond = _frame(axes, data, unit, height)
     name = next(iter(studies)) if len(studies) == 1 else f"{len(studies)} studies"
     axes.set_title(f"{name}: validation {quality.label} against {_SHORT[data.x]}")
     axes.set_xlabel(label)
@@ -376,10 +376,12 @@ def _figure(data: FigureData) -> Figure:
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    notes = [f"{'below' if quality.higher_is_better else 'above'} the view: {beyond}"] if beyond else []
-    notes += [f"without figures: {data.left_out}"] if data.left_out else []
+    where = f"{'below' if quality.higher_is_better else 'above'} the view"
+    notes = [f"candidates {where}: {beyond}"] if beyond else []
+    notes += [f"candidates without figures: {data.left_out}"] if data.left_out else []
+    notes += [f"dense models {where}: {dense_beyond}"] if dense_beyond else []
     if notes:
-        note = "candidates " + ", ".join(notes)
+        note = ", ".join(notes)
         axes.annotate(note, (0.995, 0.015), xycoords="axes fraction", ha="right", fontsize=8, color=_GREY)
     _legend(figure, data, colours, markers, leading)
     return figure

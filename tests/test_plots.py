@@ -172,7 +172,16 @@ def test_candidates_out_of_view_are_counted(tmp_path: Path) -> None:
     rows = [{"accuracy": 0.9, "macs": 20}, {"accuracy": 0.92, "macs": 30}, {"accuracy": 0.1, "macs": 40}]
     candidates = table(*rows, {"accuracy": math.nan})
     text = draw(figure_data(candidates), tmp_path / "a.svg").read_text(encoding="utf-8")
-    assert "<!-- candidates below the view: 1, without figures: 1 -->" in text
+    assert "<!-- candidates below the view: 1, candidates without figures: 1 -->" in text
+
+
+@pytest.mark.parametrize(("dense", "beyond"), [(0.95, False), (0.895, False), (0.37, True)])
+def test_a_dense_model_far_below_is_out_of_view(dense: float, beyond: bool, tmp_path: Path) -> None:
+    """As that of a supernet is; one that is little worse, or better, stays in view."""
+    pytest.importorskip("matplotlib")
+    candidates = table({"accuracy": 0.9, "macs": 20}, {"accuracy": 0.92, "macs": 30}, dense_accuracy=dense)
+    text = draw(figure_data(candidates), tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert ("<!-- dense models below the view: 1 -->" in text) == beyond
 
 
 def test_pictures_of_errors(tmp_path: Path) -> None:
