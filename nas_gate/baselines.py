@@ -70,22 +70,19 @@ def uniform(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:
     return place
 
 
-def spread_gates(gated: GatedModel, spread: float) -> None:
-    """Let the gates of every group begin in the order of `l1`, first and last `spread` apart around the usual start.
+def spread_gates(gated: GatedModel, spread: float = 1.0) -> None:
+    """Let the gates of every group begin in the order of `l1`, at 1 - spread/2 to 1 + spread/2 times the usual start.
 
     What a single gate's gradient tells is mostly noise: with one start for all, a group's order would be much chance.
-    Gates of branches and choices begin as usual. In place. Raises ValueError where a gate would begin closed.
+    Gates of branches and choices begin as usual. In place. Raises ValueError unless 0 <= spread <= 2: all begin open.
     """
-    structure, initial = gated.structure, gated.gates.function.initial
-    if not 0 <= spread <= 2 * initial:
-        raise ValueError(
-            f"`0 <= spread <= {2 * initial:g}` must hold, so that all gates begin open (around {initial:g}), but got "
-            f"{spread=}"
-        )
+    if not 0 <= spread <= 2:
+        raise ValueError(f"`0 <= spread <= 2` must hold, so that all gates begin open, but got {spread=}")
+    structure = gated.structure
     wide = np.array([g.kind == WIDTH for g in structure.groups], dtype=bool)[structure.group_of_unit()]
     place = np.where(wide, uniform(structure, gated.model) - 0.5, 0.0)
     with torch.no_grad():
-        gated.gates.weight.copy_(torch.from_numpy(initial + spread * place))
+        gated.gates.weight.copy_(torch.from_numpy(gated.gates.function.initial * (1 + spread * place)))
 
 
 def bn_scale(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:

@@ -63,7 +63,6 @@ def prepare(settings: Settings, cache_dir: Path | None = None, console: Console 
         budget = make_budget(settings.budget.name, settings.metric, **settings.budget.arguments)
         example = example_input((data.in_channels, *data.image_size))
         gated = attach(dense.eval(), example, gate=gate, depth=settings.depth, round_to=settings.round_to)
-        baselines.spread_gates(gated, settings.gating.spread)  # refuses what is too far
         if settings.timed():
             time_operations(settings, gated, timed_input(settings, data), fabric, cache_dir, console)
         lowest = reachable(gated.structure, settings.metric, settings.round_to, latency=gated.cost.table)[0]

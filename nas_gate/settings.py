@@ -37,19 +37,19 @@ class Gating:
     """How gates learn: for the first `epochs` epochs of the cycle, by Adam at `learning_rate`.
 
     The target goes from 1 to the wanted share over the first `descent` of these epochs, in a straight line. The gates
-    of a group begin `spread` apart, in the order of their weights (see `baselines.spread_gates`).
+    of a group begin in the order of their units' weights, as far apart as `spread` says (see `baselines.spread_gates`).
     """
 
     epochs: int
     learning_rate: float = 0.01
     descent: float = 0.7
-    spread: float = 0.0
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "`gating.epochs >= 1` must hold", self.epochs)
         require(self.learning_rate > 0, "`gating.learning_rate > 0` must hold", self.learning_rate)
         require(0 <= self.descent <= 1, "`0 <= gating.descent <= 1` must hold", self.descent)
-        require(self.spread >= 0, "`gating.spread >= 0` must hold", self.spread)
+        require(0 <= self.spread <= 2, "`0 <= gating.spread <= 2` must hold", self.spread)
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,14 @@ def test_uniform_is_the_place_in_the_group_by_l1():
 
 def test_gates_begin_in_the_order_of_l1_around_the_usual_start():
     gated = nas_gate.attach(network(), torch.randn(1, 2))
-    baselines.spread_gates(gated, 0.6)
+    nas_gate.spread_gates(gated, 1.2)
     assert gated.gates.weight.tolist() == pytest.approx([0.5 + 0.6 * p for p in (1 / 4, -1 / 4, 2 / 6, -2 / 6, 0)])
-    baselines.spread_gates(gated, 1.0)
+    nas_gate.spread_gates(gated, 2.0)
     assert bool((gated.keep() == 1).all())
-    for spread in (1.01, -0.1):
-        with pytest.raises(ValueError, match=r"`0 <= spread <= 1` must hold"):
-            baselines.spread_gates(gated, spread)
-    baselines.spread_gates(gated, 0.0)
+    for spread in (2.01, -0.1):
+        with pytest.raises(ValueError, match=r"`0 <= spread <= 2` must hold"):
+            nas_gate.spread_gates(gated, spread)
+    nas_gate.spread_gates(gated, 0.0)
     assert gated.gates.weight.tolist() == [0.5] * 5
 
 
