@@ -15,8 +15,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from nas_gate.analysis import analyze
 from nas_gate.gating import Factors
-from nas_gate.removal import Cut, RemovalError, cut_of, remove_units, renamed
+from nas_gate.removal import Cut, RemovalError, cut_of, owner_of, remove_units, renamed
 from nas_gate.structure import Structure
+from nas_gate.structure.trace import tensors_of
 
 
 def padded(dense: nn.Module, network: nn.Module, cut: Cut, example: Tensor, block: int) -> nn.Module:
@@ -32,7 +33,7 @@ def padded(dense: nn.Module, network: nn.Module, cut: Cut, example: Tensor, bloc
     more = keep.clone()
     normed = {int(unit) for norm in structure.norms for unit in norm.units}
     for group in structure.groups:
-        channels = [m.slots for m in group.members if isinstance(_owner(dense, m.tensor), _ConvNd)]
+        channels = [m.slots for m in group.members if isinstance(dense.get_submodule(owner_of(m.tensor)), _ConvNd)]
         if channels and group.start not in normed:
             units = max(block // math.gcd(block, n) for n in channels)
             closed = torch.nonzero(~keep[group.start : group.stop]).flatten() + group.start
@@ -41,10 +42,6 @@ def padded(dense: nn.Module, network: nn.Module, cut: Cut, example: Tensor, bloc
         return remove_units(dense, structure, more, (example,), {}).model.eval()
     except RemovalError as error:
         raise ValueError(f"{type(dense).__name__} cannot be padded to multiples of {block}: {error}") from error
-
-
-def _owner(model: nn.Module, tensor: str) -> nn.Module:
-    return model.get_submodule(tensor.rpartition(".")[0])
 
 
 def _keep(structure: Structure, cut: Cut) -> Tensor:
@@ -77,7 +74,7 @@ def _take_up(dense: nn.Module, network: nn.Module, structure: Structure, cut: Cu
                 slots = cut.slots.get(name, {})
                 places = [torch.tensor(slots.get(d, range(n))) for d, n in enumerate(tensor.shape)]
                 tensor[torch.meshgrid(*places, indexing="ij") if places else ()] = state[new].to(tensor)
-        tensors = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
+        tensors = tensors_of(dense)
         factors = Factors(structure, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         for name, gated in factors(tensors, keep.float()).items():
             tensors[name].copy_(gated)

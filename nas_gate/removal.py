@@ -330,7 +330,7 @@ def _needs(model: nn.Module, structure: Structure, cut: Cut, keep: Tensor) -> di
     return {path: Needs(sizes.get(path, {}), factors.get(path, {})) for path in {**sizes, **factors}}
 
 
-def _owner(name: str) -> str:
+def owner_of(name: str) -> str:
     """The path of the module that a tensor belongs to; a parametrized one belongs to the module that it is made for."""
     owner, parametrized, _ = f".{name}".partition(".parametrizations.")
     return owner[1:] if parametrized else name.rpartition(".")[0]
@@ -545,7 +545,7 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
     for gate in structure.gates:
         weight = weights.get(gate.tensor, own[gate.tensor].data)
         mask = torch.from_numpy(kept[gate.units]).to(weight)
-        if gate.dim == 1 and weight.numel() > WIDE and type(model.get_submodule(_owner(gate.tensor))) is nn.Linear:
+        if gate.dim == 1 and weight.numel() > WIDE and type(model.get_submodule(owner_of(gate.tensor))) is nn.Linear:
             inputs.masks[id(own[gate.tensor])] = mask
             continue
         weights[gate.tensor] = weight * mask.reshape([-1 if d == gate.dim else 1 for d in range(weight.dim())])
