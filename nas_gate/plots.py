@@ -19,12 +19,16 @@ import pandas as pd
 from nas_gate.files import replacing
 from nas_gate.pareto import check_table, column, front, knee, repeats
 from nas_gate.quality import ACCURACY, Quality
+from nas_gate.selection import show
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 AXES = {"macs": "MACs (multiply-accumulates)", "params": "parameters", "latency_ms": "latency, ms"}
+
+WIDE = 20
+"""From this ratio of the highest to the lowest cost on, their axis is logarithmic."""
 
 # Colours for studies: Okabe and Ito's, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
@@ -93,9 +97,13 @@ class Dense:
 
 @dataclass(frozen=True)
 class FigureData:
-    """All that the picture shows; `left_out` counts candidates without the quality or a figure for the x axis."""
+    """All that the picture shows; `left_out` counts candidates without the quality or a figure for the x axis.
+
+    The x axis is `logarithmic` where costs differ so much that most would lie at its left edge otherwise.
+    """
 
     x: str
+    logarithmic: bool
     series: tuple[Series, ...]
     knees: tuple[Knee, ...]
     dense: tuple[Dense, ...]
@@ -191,22 +199,38 @@ def figure_data(
         knees.append(Knee(study, str(row["method"]), float(row[x]), float(row[quality.name])))
     if not series:
         raise ValueError(f"there is nothing to draw: no candidate has both {quality.name} and {x} (of {left_out})")
-    return FigureData(x, tuple(series), tuple(knees), _dense(studies, x, quality), left_out, quality)
+    dense = _dense(studies, x, quality)
+    costs = _costs(series, dense)
+    logarithmic = min(costs) > 0 and max(costs) >= WIDE * min(costs)
+    return FigureData(x, logarithmic, tuple(series), tuple(knees), dense, left_out, quality)
+
+
+def _costs(series: Sequence[Series], dense: Sequence[Dense]) -> list[float]:
+    return [p.cost for s in series for p in s.points] + [d.cost for d in dense if not math.isnan(d.cost)]
 
 
 # ---------------------------------------------------------------------------------------------------- the drawing
 
 
-def _unit(data: FigureData) -> tuple[float, str]:
-    """What the x axis counts in, and the axis's label."""
-    label = AXES[data.x]
-    if data.x == "latency_ms":
-        return 1.0, label
-    largest = max(point.cost for series in data.series for point in series.points)
-    for size, name in ((1e10, "billions"), (1e5, "millions"), (1e3, "thousands")):
-        if largest >= size:
-            return {"billions": 1e9, "millions": 1e6, "thousands": 1e3}[name], f"{label}, {name}"
-    return 1.0, label
+def _scale(axes: Axes, data: FigureData) -> None:
+    """The scale of the x axis, and its limits: around all costs."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    costs = _costs(data.series, data.dense)
+    low, high = min(costs), max(costs)
+    if data.logarithmic:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        edge = (high / low) ** 0.05
+        axes.set_xlim(low / edge, high * edge)
+    else:
+        width = high - low or 0.2 * high
+        axes.set_xlim(max(low - 0.05 * width, 0), high + 0.05 * width)
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda cost, _: f"{cost:g}" if data.x == "latency_ms" else show(data.x, cost))
+    )
+    axes.set_xlabel(AXES[data.x])
 
 
 def _markers(data: FigureData) -> dict[str, str]:
@@ -231,16 +255,14 @@ def _colours(data: FigureData) -> dict[tuple[str, str], str]:
     return {(study, method): of_name[study if len(studies) > 1 else method] for study, method in keys}
 
 
-def _draw_series(
-    axes: Axes, series: Series, unit: float, height: float, colour: str, marker: str, leading: bool
-) -> None:
+def _draw_series(axes: Axes, series: Series, height: float, colour: str, marker: str, leading: bool) -> None:
     """Front and candidates of one series. Where a baseline was repeated, its means speak, not its luckiest seeds."""
     size = _SIZES.get(marker, 42)
     only_means = bool(series.repeats) and not leading
     for strong in (False, True):
         points = [p for p in series.points if (p.on_front and not only_means) is strong]
         axes.scatter(
-            [p.cost / unit for p in points],
+            [p.cost for p in points],
             [height * p.accuracy for p in points],
             s=size if strong else 0.6 * size,
             marker=marker,
@@ -252,7 +274,7 @@ def _draw_series(
         )
     line = [(r.cost, r.accuracy) for r in series.repeats] if only_means else series.staircase
     axes.plot(
-        [cost / unit for cost, _ in line],
+        [cost for cost, _ in line],
         [height * accuracy for _, accuracy in line],
         color=colour,
         linewidth=1.8 if leading else 1.0,
@@ -262,9 +284,9 @@ def _draw_series(
     )
     if series.repeats:
         axes.errorbar(
-            [r.cost / unit for r in series.repeats],
+            [r.cost for r in series.repeats],
             [height * r.accuracy for r in series.repeats],
-            xerr=[r.cost_std / unit for r in series.repeats],
+            xerr=[r.cost_std for r in series.repeats],
             yerr=[height * r.accuracy_std for r in series.repeats],
             fmt=marker,
             markersize=6,
@@ -276,8 +298,8 @@ def _draw_series(
         )
 
 
-def _frame(axes: Axes, data: FigureData, unit: float, height: float) -> tuple[int, int]:
-    """Sets the limits to what matters, and returns how many candidates and dense models lie beyond them.
+def _frame(axes: Axes, data: FigureData, height: float) -> tuple[int, int]:
+    """Sets the limits of the quality to what matters, and returns how many candidates and dense models lie beyond them.
 
     One collapsed candidate would press all the rest to one edge, and so would a supernet, whose dense model has hardly
     been trained. So the limit on the side of the worse values follows the fronts and the means; what is far worse than
@@ -296,9 +318,6 @@ def _frame(axes: Axes, data: FigureData, unit: float, height: float) -> tuple[in
     if data.quality.percent and all(0 <= point.accuracy <= 1 for point in points):
         limits = [max(limits[0], -0.01), min(limits[1], 1.01)]
     axes.set_ylim(*(height * limit for limit in limits))
-    costs = [point.cost for point in points] + [d.cost for d in data.dense if not math.isnan(d.cost)]
-    width = max(costs) - min(costs) or 0.2 * max(costs)
-    axes.set_xlim(max(min(costs) - 0.05 * width, 0) / unit, (max(costs) + 0.05 * width) / unit)
     return sum(sign * point.accuracy < floor for point in points), sum(value < floor for value in dense)
 
 
@@ -350,7 +369,6 @@ def _figure(data: FigureData) -> Figure:
 
     figure = Figure(figsize=(8.4, 4.8), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    unit, label = _unit(data)
     quality, height = data.quality, 100 if data.quality.percent else 1
     colours, markers = _colours(data), _markers(data)
     leading = next(iter(markers))  # gates where there are any: drawn strongest
@@ -359,19 +377,17 @@ def _figure(data: FigureData) -> Figure:
         colour = studies.get(dense.studies[0], _GREY) if len(dense.studies) == 1 < len(studies) else _GREY
         axes.axhline(height * dense.accuracy, color=colour, linestyle="--", linewidth=1.0, alpha=0.7, zorder=1)
         if not math.isnan(dense.cost):
-            axes.scatter(
-                [dense.cost / unit], [height * dense.accuracy], s=130, marker="*", color=colour, lw=0, zorder=5
-            )
+            axes.scatter([dense.cost], [height * dense.accuracy], s=130, marker="*", color=colour, lw=0, zorder=5)
     for series in reversed(data.series):  # the leading method is drawn last, on top
         colour = colours[series.study, series.method]
-        _draw_series(axes, series, unit, height, colour, markers[series.method], series.method == leading)
+        _draw_series(axes, series, height, colour, markers[series.method], series.method == leading)
     for at in data.knees:
-        place = [at.cost / unit], [height * at.accuracy]
+        place = [at.cost], [height * at.accuracy]
         axes.scatter(*place, s=150, marker="o", facecolors="none", edgecolors="black", lw=1.3, zorder=6)
-    beyond, dense_beyond = _frame(axes, data, unit, height)
+    _scale(axes, data)
+    beyond, dense_beyond = _frame(axes, data, height)
     name = next(iter(studies)) if len(studies) == 1 else f"{len(studies)} studies"
     axes.set_title(f"{name}: validation {quality.label} against {_SHORT[data.x]}")
-    axes.set_xlabel(label)
     axes.set_ylabel(f"validation {quality.label}{', %' if quality.percent else ''}")
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)

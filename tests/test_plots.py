@@ -152,19 +152,22 @@ def test_png(candidates: pd.DataFrame, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("largest", "label"),
+    ("costs", "logarithmic", "ticks"),
     [
-        (950, ""),
-        (60_000, ", thousands"),
-        (125_000_000, ", millions"),
-        (4_100_000_000, ", millions"),
-        (2e10, ", billions"),
+        ((100, 1900), False, ["500", "1 K", "1.5 K"]),
+        ((100, 2000), True, ["100", "200", "500", "1 K", "2 K"]),
+        ((20_000_000, 4_100_000_000), True, ["20 M", "100 M", "1 G"]),
+        ((1000, 9_000_000), True, ["1 K", "10 K", "100 K", "1 M"]),
+        ((60_000, 60_000), False, ["60 K"]),
     ],
 )
-def test_units_of_the_axis(largest: int, label: str, tmp_path: Path) -> None:
+def test_the_scale_of_costs(costs: tuple[int, int], logarithmic: bool, ticks: list[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    path = draw(figure_data(table({"macs": largest, "dense_macs": 2 * largest})), tmp_path / "a.svg")
-    assert f"<!-- MACs (multiply-accumulates){label} -->" in path.read_text(encoding="utf-8")
+    data = figure_data(table({"macs": costs[0], "dense_macs": costs[1]}))
+    assert data.logarithmic == logarithmic
+    text = draw(data, tmp_path / "a.svg").read_text(encoding="utf-8")
+    for tick in ticks:
+        assert f"<!-- {tick} -->" in text, tick
 
 
 def test_candidates_out_of_view_are_counted(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The page of studies: its record by hand, and the page itself in a real browser."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -310,6 +311,31 @@ def test_other_costs_and_orders(opened: Any, studies: Path):
     summary = text(opened, "#summary")
     for words in ("alpha, gates 4 3 0.7210 94.00 %", "beta, uniform 1 1 0.4250 85.00 %"):
         assert words in summary
+
+
+def test_costs_that_differ_much_stand_on_a_logarithmic_axis(browser: Any, studies: Path, tmp_path: Path):
+    """As the ratio of two costs, so the distance of their marks; a bound's shade begins where the bound is."""
+    cheapest = studies / "alpha" / "3"  # 200 K of MACs; 20 times less than the dense million makes the axis logarithmic
+    set_json(cheapest / "result.json", macs=50_000)
+    data = record(studies)
+    assert data["pictures"]["macs"]["logarithmic"]
+    assert not data["pictures"]["params"]["logarithmic"]
+    file = tmp_path / "report.html"
+    file.write_text(page(data), encoding="utf-8")
+    browser.get(file.as_uri())
+
+    def across(path: Path) -> float:
+        box = shape_of(browser, str(path / "candidate")).rect
+        return float(box["x"] + box["width"] / 2)
+
+    marks = [across(studies / "alpha" / str(n)) for n in (3, 1, 0)]
+    costs = [of(data, "alpha", n)["macs"] for n in (3, 1, 0)]
+    assert costs == [50_000, 400_000, 700_000]
+    share = math.log(costs[1] / costs[0]) / math.log(costs[2] / costs[0])
+    assert (marks[1] - marks[0]) / (marks[2] - marks[0]) == pytest.approx(share, abs=0.01)
+    browser.find_element("id", "max-macs").send_keys("400K")
+    assert browser.find_element("css selector", "#front .shapelayer path").rect["x"] == pytest.approx(marks[1], abs=2)
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
 
 
 def test_the_page_of_an_error(browser: Any, studies: Path, tmp_path: Path):
