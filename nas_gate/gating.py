@@ -37,26 +37,41 @@ class Factors(nn.Module):
     def __init__(self, structure: Structure, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
         units = structure.units
-        self._shapes: list[tuple[str, list[int]]] = []
+        self._shapes: list[tuple[str, list[int], bool]] = []
+        rows = {norm.standardizes for norm in structure.norms}
         index, sizes = [], []
         for gate in structure.gates:
             ids = torch.from_numpy(gate.units)
             index.append(torch.where(ids >= 0, ids, units))  # the last factor is the constant 1
             sizes.append(len(ids))
             shape = shapes[gate.tensor]
-            self._shapes.append((gate.tensor, [n if d == gate.dim else 1 for d, n in enumerate(shape)]))
+            by_row = gate.dim == 1 and gate.tensor in rows
+            self._shapes.append((gate.tensor, [n if d == gate.dim else 1 for d, n in enumerate(shape)], by_row))
         self._sizes = sizes
-        self.names = list(dict.fromkeys(name for name, _ in self._shapes))
+        self.names = list(dict.fromkeys(name for name, *_ in self._shapes))
         self.register_buffer("_index", torch.cat(index) if index else torch.zeros(0, dtype=torch.int64), False)
 
     def forward(self, tensors: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
-        """The gated ones among `tensors` (by name), multiplied by their factors."""
+        """The gated ones among `tensors` (by name), multiplied by their factors; see `standardized` for some."""
         factors = torch.cat([keep, keep.new_ones(1)]).index_select(0, self._index).split(self._sizes)
         gated: dict[str, Tensor] = {}
-        for (name, shape), factor in zip(self._shapes, factors):
+        for (name, shape, by_row), factor in zip(self._shapes, factors):
             weight = gated.get(name, tensors[name])
-            gated[name] = weight * factor.view(shape).to(weight.dtype)
+            factor = factor.view(shape).to(weight.dtype)
+            gated[name] = standardized(weight, factor) if by_row else weight * factor
         return gated
+
+
+def standardized(weight: Tensor, keep: Tensor) -> Tensor:
+    """A weight that its module standardises row by row, with slots closed along dimension 1 (where `keep` varies).
+
+    Closed ones become the mean of the kept ones and all is stretched, as in `normalize_over_kept`. Standardised, closed
+    ones are 0 and the others sqrt(C / K) times those of the smaller network; the module's input undoes that.
+    """
+    stretched = weight * (keep / keep.mean().sqrt())
+    others = list(range(1, weight.dim()))
+    mean = stretched.sum(others, keepdim=True) / (keep.sum() * weight[0, 0].numel())
+    return torch.addcmul(stretched, mean, 1 - keep)
 
 
 def normalize_over_kept(module: nn.Module, norm: Norm, kept: Tensor) -> None:
@@ -64,17 +79,20 @@ def normalize_over_kept(module: nn.Module, norm: Norm, kept: Tensor) -> None:
 
     Of C slots K are kept. Closed ones become 0, in a layer norm the mean of the kept ones, and all is stretched by
     sqrt(C / K): mean and variance (or mean square) over all C slots are then those of the kept ones. What scales the
-    result undoes the stretch, its weight (see `Norms`) or a hook. PyTorch fuses no layer that has hooks.
+    result undoes the stretch, its weight (see `Norms`) or a hook. PyTorch fuses no layer that has hooks. Where it is a
+    weight that is standardised in the module (see `standardized`), its input undoes the weight's stretch.
     """
     module.register_buffer("kept", kept, persistent=False)
     module.kept_norm = norm  # type: ignore[assignment]
     module.register_forward_pre_hook(_stretched)
-    if norm.weight is None:
+    if norm.weight is None and norm.standardizes is None:
         module.register_forward_hook(_as_it_was)
 
 
 def _stretched(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     input, norm, kept = args[0], module.kept_norm, module.kept
+    if norm.standardizes is not None:
+        return (input * kept.mean().sqrt()).to(input.dtype), *args[1:]
     keep = kept.view([-1 if d == norm.dim else 1 for d in range(input.dim())])
     stretched = input * (keep / kept.mean().sqrt())
     if norm.groups:

@@ -7,6 +7,7 @@ were removed come back as far as a block has room for them, and nothing reads th
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,9 +16,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from nas_gate.analysis import analyze
 from nas_gate.gating import Factors
-from nas_gate.removal import Cut, RemovalError, cut_of, owner_of, remove_units, renamed
+from nas_gate.removal import Cut, RemovalError, cut_of, remove_units, renamed
 from nas_gate.structure import Structure
-from nas_gate.structure.trace import tensors_of
+from nas_gate.structure.trace import owner_of, tensors_of
 
 
 def padded(dense: nn.Module, network: nn.Module, cut: Cut, example: Tensor, block: int) -> nn.Module:
@@ -75,6 +76,7 @@ def _take_up(dense: nn.Module, network: nn.Module, structure: Structure, cut: Cu
                 places = [torch.tensor(slots.get(d, range(n))) for d, n in enumerate(tensor.shape)]
                 tensor[torch.meshgrid(*places, indexing="ij") if places else ()] = state[new].to(tensor)
         tensors = tensors_of(dense)
-        factors = Factors(structure, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        factors = Factors(replace(structure, norms=()), shapes)  # units that norms run over stay as they are
         for name, gated in factors(tensors, keep.float()).items():
             tensors[name].copy_(gated)

@@ -21,12 +21,20 @@ from torch.utils._pytree import tree_map
 
 from nas_gate.attention import HeadsAttention
 from nas_gate.cost import METRICS, CostModel
-from nas_gate.gating import choice_at, normalize_over_all, normalize_over_kept
+from nas_gate.gating import choice_at, normalize_over_all, normalize_over_kept, standardized
 from nas_gate.modules import Choice, Zero, copied
 from nas_gate.structure import Structure
 from nas_gate.structure.graph import found_in
 from nas_gate.structure.sizes import Corrections, Needs, correct, first_run
-from nas_gate.structure.trace import macs_of, mode_of, output_tensors, plain_operations, tensors_of, unchanged
+from nas_gate.structure.trace import (
+    macs_of,
+    mode_of,
+    output_tensors,
+    owner_of,
+    plain_operations,
+    tensors_of,
+    unchanged,
+)
 
 TOLERANCE = 1e-4
 """Largest allowed error between gated and removed model, relative to the largest output, in float32."""
@@ -330,12 +338,6 @@ def _needs(model: nn.Module, structure: Structure, cut: Cut, keep: Tensor) -> di
     return {path: Needs(sizes.get(path, {}), factors.get(path, {})) for path in {**sizes, **factors}}
 
 
-def owner_of(name: str) -> str:
-    """The path of the module that a tensor belongs to; a parametrized one belongs to the module that it is made for."""
-    owner, parametrized, _ = f".{name}".partition(".parametrizations.")
-    return owner[1:] if parametrized else name.rpartition(".")[0]
-
-
 def _all_names(model: nn.Module) -> dict[str, Tensor]:
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -542,13 +544,16 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
     inputs = _ClosedInputs()
     norms = [(model.get_submodule(n.path), n, torch.from_numpy(kept[n.units])) for n in structure.norms]
     choices = [(choice_at(model, c.path), torch.from_numpy(kept[list(c.units)]).float()) for c in structure.choices]
+    rows = {n.standardizes for n in structure.norms}
     for gate in structure.gates:
         weight = weights.get(gate.tensor, own[gate.tensor].data)
         mask = torch.from_numpy(kept[gate.units]).to(weight)
         if gate.dim == 1 and weight.numel() > WIDE and type(model.get_submodule(owner_of(gate.tensor))) is nn.Linear:
             inputs.masks[id(own[gate.tensor])] = mask
             continue
-        weights[gate.tensor] = weight * mask.reshape([-1 if d == gate.dim else 1 for d in range(weight.dim())])
+        mask = mask.reshape([-1 if d == gate.dim else 1 for d in range(weight.dim())])
+        by_row = gate.dim == 1 and gate.tensor in rows
+        weights[gate.tensor] = standardized(weight, mask) if by_row else weight * mask
     scales = {n.weight: over.double().mean().sqrt() for _, n, over in norms if n.weight is not None}
     for name, scale in scales.items():
         weight = weights.get(name, own[name].data)

@@ -46,7 +46,7 @@ LAYERS["outcome"] = {
 }
 LAYERS["search"] = {*LAYERS}
 LAYERS["selection"] = {"pareto", "quality"}
-LAYERS["plots"] = {"files", "pareto", "quality"}
+LAYERS["plots"] = {"files", "pareto", "quality", "selection"}
 LAYERS["exported"] = {"latency", "quality"}
 LAYERS["export"] = {"candidate", "cost", "exported", "latency", "models", "padding", "removal", "structure"}
 LAYERS["collect"] = {"candidate", "latency", "pareto", "quality"}

@@ -1051,9 +1051,11 @@ def standardised_weight():
 
 
 @case(
-    {"b": 6},
-    slots={"b": {"b.parametrizations.weight.original0:0": 1, "b.parametrizations.weight.original1:0": 1}},
-    fixed={"a.weight:0": "aten._weight_norm_interface"},
+    {"a": 8, "b": 6},
+    slots={
+        "a": {"b.parametrizations.weight.original1:1": 1},
+        "b": {"b.parametrizations.weight.original0:0": 1, "b.parametrizations.weight.original1:0": 1},
+    },
 )
 def weight_norm():
     return Net(lambda s, x: s.h(s.b(s.a(x))), a=conv(3, 8), b=parametrizations.weight_norm(conv(8, 6)), h=head(6))

@@ -27,6 +27,8 @@ Results = Sequence[Tracks]
 # value = linear function of the weight: a gate on the weight's slots multiplies the value
 LINEAR = {aten.mul, aten.mul_, aten.neg, aten.neg_}
 
+VIEWS = {aten.view, aten._unsafe_view, aten.reshape, aten.unsqueeze, aten.squeeze, aten.expand}
+
 
 def unknown(call: Call) -> Results:
     """Fix everything that enters."""
@@ -89,8 +91,22 @@ def _is_repeated(narrow: Track, wide: Track, shapes: Sequence[tuple[int, ...]], 
 def pointwise(call: Call) -> Results:
     """Element by element, after broadcasting."""
     values = [call.value(t) for t in call.tensors()]
-    keep_weight = call.op.overloadpacket in LINEAR
-    return [join(call, values, keep_weight)] * len(call.outputs())
+    if call.op.overloadpacket is aten.sub and (centred := _less_its_mean(call)) is not None:
+        return [join(call, [centred, *values[1:]], keep_weight=True)]
+    return [join(call, values, keep_weight=call.op.overloadpacket in LINEAR)] * len(call.outputs())
+
+
+def _less_its_mean(call: Call) -> Value | None:
+    """A parameter whose rows are standardised and less their own mean now; None where that is not so."""
+    if not isinstance(call["other"], Tensor):
+        return None
+    name, taken = _parameter(call, call.made(call["self"])), _viewed(call, call.made(call["other"]))
+    if name not in call.findings.standardized or taken.op not in (aten.mean, aten.var_mean):
+        return None
+    if _parameter(call, call.node(taken.arguments["self"])) != name:
+        return None
+    value = call.value(call["self"])
+    return Value(value.shape, _columns(call, name, value.tracks), value.why)
 
 
 def divide(call: Call) -> Results:
@@ -433,12 +449,14 @@ def reduced(call: Call) -> Results:
 def mean(call: Call) -> Results:
     """A mean over units, if a norm that is written out takes it, runs over the kept slots; else it mixes.
 
-    That is the mean of squares of an RMS norm, or of what is left when the mean is taken away, and that mean.
+    That is the mean of squares of an RMS norm, or of what is left when the mean is taken away, and that mean; or those
+    of a parameter's rows.
     """
     value = call.value(call["self"])
     dims = _dims(call, len(value.shape))
-    if len(dims) != 1:
-        return _reduced(call, value)
+    rows = _standardized(call, call["self"], dims)
+    if rows is not None or len(dims) != 1:
+        return _reduced(call, value if rows is None else _without(value, *dims))
     squared = _squared(call, call.made(call["self"]))
     over = value.over(dims[0])
     if squared is not None:
@@ -455,14 +473,16 @@ def variance(call: Call) -> Results:
     """A variance over units (its square root, its mean, too) as part of a norm; it divides by the number of units."""
     value = call.value(call["self"])
     dims = _dims(call, len(value.shape))
-    fit = len(dims) == 1 and call.arguments.get("correction") == 0
-    if fit and all(_is_norm_of_units(call, t, dims[0], True, None) for t in value.over(dims[0])):
-        value = _without(value, dims[0])
+    divided = call.arguments.get("correction") == 0
+    rows = _standardized(call, call["self"], dims) if divided else None
+    fit = divided and len(dims) == 1
+    if rows is not None or (fit and all(_is_norm_of_units(call, t, dims[0], True, None) for t in value.over(dims[0]))):
+        value = _without(value, *dims)
     return _reduced(call, value)
 
 
-def _without(value: Value, dim: int) -> Value:
-    return Value(value.shape, tuple(t for t in value.tracks if dim not in t.dims), value.why)
+def _without(value: Value, *dims: int) -> Value:
+    return Value(value.shape, tuple(t for t in value.tracks if not set(dims) & set(t.dims)), value.why)
 
 
 def _squared(call: Call, node: Node) -> Node | None:
@@ -478,9 +498,7 @@ def _is_centred(call: Call, node: Node) -> bool:
     """Whether a node is a value less its own mean."""
     if node.op is not aten.sub:
         return False
-    taken = call.node(node.arguments["other"])
-    while taken.op in (aten.unsqueeze, aten.view, aten.expand):
-        taken = call.node(taken.arguments["self"])
+    taken = _viewed(call, call.node(node.arguments["other"]))
     return taken.op is aten.mean and taken.arguments["self"] == node.arguments["self"]
 
 
@@ -509,18 +527,63 @@ def _reduced(call: Call, value: Value) -> Results:
 
 
 def batch_norm(call: Call) -> Results:
-    """Per-channel normalisation couples dimension 1 with its parameters and buffers."""
+    """Per-channel normalisation couples dimension 1 with its parameters and buffers.
+
+    By its own statistics it also standardises weights (Qiao et al., arXiv 1903.10520), which have a row for a channel.
+    """
     x = call.value(call["input"])
     rank = len(x.shape)
     others = [d for d in range(rank) if d != 1]
-    values = [Value(x.shape, _carried(call, x, others, "mixes"), x.why)]
+    own = call.arguments.get("running_mean") is None
+    rows = _standardized(call, call["input"], others) if own else None
+    values = [Value(x.shape, _carried(call, x, others, "mixes") if rows is None else rows, x.why)]
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = call.arguments.get(name)
         if tensor is not None:
             v = call.value(tensor)
             values.append(_channel(v, rank))
-    tracks = join(call, values)
+    tracks = join(call, values, keep_weight=rows is not None)
     return [tracks, *[()] * (len(call.outputs()) - 1)]
+
+
+def _standardized(call: Call, tensor: Tensor, dims: Sequence[int]) -> Tracks | None:
+    """The tracks of a parameter whose rows get statistics of their own, taken over `dims`; None where it is none.
+
+    The statistics are to be taken over kept slots, which is noted. A gate on a column then closes it all the same, so
+    that what comes out goes on as the parameter itself.
+    """
+    made, value = _viewed(call, call.made(tensor)), call.value(tensor)
+    rows = math.prod(n for d, n in enumerate(value.shape) if d not in dims)
+    if not made.leaf or rows != made.outputs[0][0] or not all(t.weight for t in value.tracks):
+        return None
+    call.findings.standardized.append(made.leaf)
+    call.findings.normed_weights.append(made.leaf)
+    return _columns(call, made.leaf, value.tracks)
+
+
+def _parameter(call: Call, node: Node) -> str | None:
+    """The name of the parameter that a node is, or is a view of; None where there is none."""
+    return _viewed(call, node).leaf or None
+
+
+def _viewed(call: Call, node: Node) -> Node:
+    while node.op in VIEWS:
+        node = call.node(node.arguments["self"])
+    return node
+
+
+def _columns(call: Call, name: str, tracks: Tracks) -> Tracks:
+    """The tracks of a parameter, or of a view of it, without those of its kernel's places, which are fixed."""
+    kernel = [range(s.start, s.start + s.size) for s in call.findings.slots if s.name == name and s.dim > 1]
+    for labels in kernel:
+        call.findings.fix(torch.tensor(labels), KERNEL)
+    return tuple(t for t in tracks if not any(int(t.labels.max()) in labels for labels in kernel))
+
+
+def _are_columns(call: Call, labels: Tensor) -> bool:
+    """Whether labels are columns of a parameter whose rows get statistics."""
+    names, label = call.findings.normed_weights, int(labels.max())
+    return any(s.name in names and s.dim > 0 and 0 <= label - s.start < s.size for s in call.findings.slots)
 
 
 def _channel(value: Value, rank: int) -> Value:
@@ -609,10 +672,19 @@ def group_norm(call: Call) -> Results:
 
 
 def weight_norm(call: Call) -> Results:
-    """w = g v / |v|: the norm runs over every dimension but `dim`."""
-    v, dim = call.value(call["v"]), call["dim"]
-    others = [d for d in range(len(v.shape)) if d != dim % len(v.shape)]
-    tracks = join(call, [Value(v.shape, _carried(call, v, others, "mixes"), v.why), call.value(call["g"])])
+    """w = g v / |v|: the norm runs over every dimension but `dim`.
+
+    Closed slots of a parameter v are 0, which adds nothing to the norm: it is that of the kept ones.
+    """
+    v, g = call.value(call["v"]), call.value(call["g"])
+    dim, name = call["dim"] % len(v.shape), _parameter(call, call.made(call["v"]))
+    own = all(t.weight for t in v.tracks)
+    if name is not None and own:
+        call.findings.normed_weights.append(name)
+    tracks = v.tracks if own else _carried(call, v, [d for d in range(len(v.shape)) if d != dim], "mixes")
+    # a closed row has no norm to divide by: it is g that closes rows
+    tracks = tuple(Track(t.labels, t.weight and dim not in t.dims) for t in tracks)
+    tracks = join(call, [g, Value(v.shape, tracks, v.why)], keep_weight=own)
     return [tracks, *[()] * (len(call.outputs()) - 1)]
 
 
@@ -793,6 +865,8 @@ def convolution(call: Call) -> Results:
             call.fix(entering, f"takes a weight that has no units there ({w.why})")
         if giving is not None:
             labels = giving.labels.reshape(-1)
+            if _are_columns(call, labels):
+                call.fix(labels, "gives out what the statistics of its weight run over")
             place = labels.reshape(1, -1).expand(groups, -1) if transposed else labels.reshape(groups, -1)
             if groups > 1:
                 call.equate(place[:1], place)

@@ -147,10 +147,14 @@ class Findings:
     widths: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Normed] = field(default_factory=dict)
     """Layer and RMS norms over units, by path."""
+    standardized: list[str] = field(default_factory=list)
+    """Weights that are used less the mean of every row (dimension 0), over its standard deviation."""
+    normed_weights: list[str] = field(default_factory=list)
+    """Weights that statistics of every row, of these or other kinds, are taken of."""
     means: list[tuple[str, Tensor, str]] = field(default_factory=list)
     """Means over units: of which module, over which labels, and why those are fixed if it is no centred norm."""
     entering: dict[str, Value] = field(default_factory=dict)
-    """The input of every module that may be a norm: of every one without parts."""
+    """The input of every module that may be a norm: of every one without parts, and of norms with an activation."""
     given: list[Given] = field(default_factory=list)
     """Sizes that modules' own code gave to calls, in order."""
     factors: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -495,6 +499,12 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return result
 
 
+def owner_of(name: str) -> str:
+    """The path of the module that a tensor belongs to; a parametrized one belongs to the module that it is made for."""
+    owner, parametrized, _ = f".{name}".partition(".parametrizations.")
+    return owner[1:] if parametrized else name.rpartition(".")[0]
+
+
 def macs_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Multiply-accumulates of one ATen call that gave `out`, by PyTorch's table; 0 where it has no entry."""
     count = flop_registry.get(func.overloadpacket)
@@ -567,7 +577,7 @@ def trace(
             if isinstance(module, sized) and inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() > 1:
                 for track in values.of(inputs[0]).over(1):
                     widths[path] = track.labels  # looked at later: here `watched` would take it for the model's code
-            if isinstance(module, nn.LayerNorm) or not module._modules:
+            if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)) or not module._modules:
                 known = inputs and isinstance(inputs[0], Tensor)
                 findings.entering[path] = values.of(inputs[0]) if known else Value(())
 

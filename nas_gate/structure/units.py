@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from nas_gate.structure import labels as lb
-from nas_gate.structure.trace import CHOICE, KERNEL, WIDTH, Crossing, Findings, Movement, Switch
+from nas_gate.structure.trace import CHOICE, KERNEL, WIDTH, Crossing, Findings, Movement, Switch, owner_of
 
 Ints = npt.NDArray[np.int64]
 FIXED = -1
@@ -99,7 +99,8 @@ class Norm:
 
     A layer norm is `centred`, an RMS norm is not. `weight` is the parameter that scales its result before anything is
     added to it; None where nothing is. `groups` are those of a group norm, whose statistics run over all places of a
-    group, too (0: over the slots of one place); every group has the same units.
+    group, too (0: over the slots of one place); every group has the same units. `standardizes` names a weight that has
+    the units along dimension `dim` and is standardised row by row in the module, in place of its input.
     """
 
     path: str
@@ -108,6 +109,7 @@ class Norm:
     centred: bool
     weight: str | None
     groups: int = 0
+    standardizes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -475,6 +477,8 @@ def _structure(
     widths = [Slots(path, 1, units_of(labels)) for path, labels in findings.widths.items()]
     norms = [Norm(path, n.dim, units_of(n.labels), n.centred, n.weight, n.groups) for path, n in findings.norms.items()]
     widths += [Slots(n.path, n.dim, n.units) for n in norms if n.weight is None]
+    rows = [g for g in gates if g.dim == 1 and g.tensor in findings.standardized]
+    norms += [Norm(owner_of(g.tensor), 1, g.units, True, None, standardizes=g.tensor) for g in rows]
 
     return Structure(
         groups=tuple(groups),
