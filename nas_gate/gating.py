@@ -188,7 +188,7 @@ class Gates(nn.Module):
         """Keep, shape (units,), in [0, 1]."""
         keep: Tensor = self.function(self.weight)
         rank = self.ranks()
-        least = (self._least * self.minimum).minimum(self._most)
+        least = torch.where(self._least > 0, self._least.clamp(min=self.minimum), 0).minimum(self._most)
         if self.round_to > 1:
             open_units = torch.zeros_like(least).index_add(0, self._set, (keep > 0.5).to(least.dtype))
             least = (least.maximum(open_units) + self.round_to - 1) // self.round_to * self.round_to

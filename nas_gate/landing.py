@@ -27,9 +27,9 @@ def least_units(structure: Structure, round_to: int = 1, minimum: int | Mapping[
     if isinstance(minimum, Mapping):
         if strange := sorted(set(minimum) - names):
             raise ValueError(f"minimum must name groups, but there is no {strange[0]!r}; groups: {sorted(names)}")
-        wanted = [minimum.get(g.name, g.least) for g in structure.groups]
+        wanted = [max(minimum.get(g.name, 0), g.least) for g in structure.groups]
     else:
-        wanted = [minimum * g.least for g in structure.groups]
+        wanted = [max(minimum, g.least) if g.least else 0 for g in structure.groups]
     if round_to < 1 or any(w < 1 for w in (minimum.values() if isinstance(minimum, Mapping) else [minimum])):
         raise ValueError(f"`round_to >= 1` and `minimum >= 1` must hold, but got {round_to=}, {minimum=}")
     sizes = np.array([g.size for g in structure.groups], dtype=np.int64)

@@ -178,7 +178,8 @@ def _known(path: Path | None, identity: Mapping[str, Any]) -> LatencyTable | dic
 
 def _thinnest(structure: Structure) -> Tensor:
     keep = torch.zeros(structure.units, dtype=torch.bool)
-    keep[[g.start for g in structure.groups]] = True
+    for g in structure.groups:
+        keep[g.start : g.start + max(g.least, 1)] = True
     return keep & structure.dense()
 
 

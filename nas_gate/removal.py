@@ -654,9 +654,9 @@ def remove_units(
     removed model costs exactly what the cost model says. Raises RemovalError otherwise.
     """
     open_units = structure.open_units(keep)
-    empty = [g.name for g, n in zip(structure.groups, open_units) if n < g.least]
-    if empty:
-        raise ValueError(f"at least one unit of every group must be kept, but none is in {empty}")
+    few = [f"{n} of {g.name} (at least {g.least})" for g, n in zip(structure.groups, open_units) if n < g.least]
+    if few:
+        raise ValueError(f"at least one unit of every group must be kept, of some more, but kept are {', '.join(few)}")
     wrong = [c.path for c in structure.choices if int(keep[list(c.units)].sum()) != 1]
     if wrong:
         raise ValueError(f"exactly one candidate of every choice must be kept, but that is not so in {wrong}")

@@ -891,7 +891,7 @@ def test_layer_norms_survive_removal_and_train_on() -> None:
 
 def test_layer_norms_with_soft_gates_have_true_gradients() -> None:
     gated = attached(block().double(), images(1).double(), gate=make_gate("annealed_sigmoid"))
-    gated.gates.double().minimum = 0  # a unit held open has the gradient of one that is not
+    gated.gates.double()._least.zero_()  # a unit held open has the gradient of one that is not
     x = images(2).double()
 
     def output(weight: Tensor) -> Tensor:
@@ -921,7 +921,7 @@ def test_group_norms_take_their_statistics_over_kept_units(groups: int) -> None:
     assert (small[1].num_groups, small[1].num_channels) == (groups, int(kept.sum()))
 
     soft = attached(model, images(1).double(), gate=make_gate("annealed_sigmoid"))
-    soft.gates.double().minimum = 0
+    soft.gates.double()._least.zero_()
     weight = torch.linspace(-0.9, 1.1, len(keep), dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: torch.func.functional_call(soft, {"gates.weight": w}, (x,)), weight)
 

@@ -160,6 +160,19 @@ def test_all_open_is_the_original_bit_for_bit(layer: Callable[..., nn.Module]) -
     assert torch.equal(gated(images()), model(images()))
 
 
+def test_a_row_keeps_two_weights() -> None:
+    """One alone has no deviation to divide by, which PyTorch refuses: the 12 units enter by a kernel of one place."""
+    gated, _ = gated_network(network(Standardized), None)
+    assert [g.least for g in gated.structure.groups] == [1, 2]
+    set_gates(gated, *[-1.0] * 20)
+    assert gated.structure.open_units(gated.keep().bool()).tolist() == [1, 2]
+    small = nas_gate.remove(gated, target=0.05)
+    assert small[4].weight.shape == (5, 2, 1, 1)
+    torch.testing.assert_close(small(images()), gated(images()))
+    with pytest.raises(ValueError, match=r"kept are 1 of 2 \(at least 2\)"):
+        nas_gate.remove_with_proof(gated, torch.arange(20) < 9)
+
+
 @pytest.mark.parametrize("layer", [Standardized, Scaled, WrittenOut, normed])
 def test_groups_keep_the_same_places(layer: Callable[..., nn.Module]) -> None:
     gated, keep = gated_network(network(layer, groups=2), 0)
@@ -171,7 +184,7 @@ def test_groups_keep_the_same_places(layer: Callable[..., nn.Module]) -> None:
 @pytest.mark.parametrize("layer", [Standardized, Scaled, WrittenOut, normed])
 def test_soft_gates_have_true_gradients(layer: Callable[..., nn.Module]) -> None:
     gated = nas_gate.attach(network(layer), images(1), gate=make_gate("annealed_sigmoid"))
-    gated.gates.double().minimum = 0  # a unit held open has the gradient of one that is not
+    gated.gates.double()._least.zero_()  # a unit held open has the gradient of one that is not
     weight = torch.linspace(-0.9, 1.1, 20, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: functional_call(gated, {"gates.weight": w}, (images(),)), weight)
 

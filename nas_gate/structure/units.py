@@ -453,12 +453,17 @@ def _structure(
         for cause, count in zip(causes.tolist(), each.tolist()):
             if cause >= 0 and not texts[cause].endswith(KERNEL):
                 fixed.append(Fixed(labelled.name, labelled.dim, count, labelled.size, texts[cause]))
+    wide = {labelled.name for labelled in findings.slots if labelled.dim > 1}
+    lone = {(name, 1, 1) for name in findings.standardized if name not in wide}
     groups, start = [], 0
     taken: Counter[str] = Counter()
     for kind, known, of in zip(axes.kinds, names, members):
         name = known or of[0].tensor
         taken[name] += 1
-        groups.append(Group(name if taken[name] == 1 else f"{name}#{taken[name]}", start, len(kind), tuple(of)))
+        # a row of one weight has no deviation to divide by
+        least = 2 if any((m.tensor, m.dim, m.slots) in lone for m in of) else 1
+        full = name if taken[name] == 1 else f"{name}#{taken[name]}"
+        groups.append(Group(full, start, len(kind), tuple(of), least=least))
         start += len(kind)
     params: list[Term] = []
     by_tensor: dict[str, list[int]] = {}
