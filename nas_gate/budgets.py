@@ -32,7 +32,7 @@ class Budget(Protocol):
 class PenaltyBudget:
     """`nas_gate.penalty` of a fixed weight."""
 
-    def __init__(self, metric: str, weight: float = 4.0, power: int = 2) -> None:
+    def __init__(self, metric: str, weight: float = 24.0, power: int = 2) -> None:
         require(power in (1, 2), "budget penalty: `power` must be 1 or 2", power)
         require(weight >= 0, "budget penalty: `weight >= 0` must hold", weight)
         self._metric, self._weight, self._power = metric, weight, power
