@@ -30,7 +30,7 @@ def test_every_figure_in_its_place(studies: Path):
     assert table["path"].tolist() == [(studies / "alpha" / str(n) / "candidate").as_posix() for n in range(4)]
     # of all settings, only one varies that has no column of its own
     assert [name for name in table if name.startswith("param.")] == ["param.budget.arguments.weight"]
-    assert table["param.budget.arguments.weight"].tolist() == [4.0, 4.0, 4.0, 8.0]
+    assert table["param.budget.arguments.weight"].tolist() == [24.0, 24.0, 24.0, 8.0]
     assert collected.latency is None
     assert "latency_ms" not in table
 
@@ -49,7 +49,7 @@ def test_methods_seeds_and_several_studies(studies: Path):
     assert beta["seed"].tolist() == [0, 1, 2, 0]
     assert len(table) == 8
     # it varies in alpha, and so it is told for beta, too
-    assert beta["param.budget.arguments.weight"].tolist() == [4.0] * 4
+    assert beta["param.budget.arguments.weight"].tolist() == [24.0] * 4
 
 
 def test_several_candidates_of_one_trial(studies: Path, searched: dict[float, Path]):

@@ -39,7 +39,7 @@ def test_pareto_of_one_study(capsys: pytest.CaptureFixture[str]):
     table = rows(shown.out)
     assert list(table) == ["dense", "alpha/3", "alpha/1", "alpha/2", "alpha/0"]  # cheapest first
     assert table["alpha/1"].startswith("* knee alpha/1 gates 0.4 0 93.00 %")
-    assert table["alpha/1"].endswith("400 K 50 K 40.0 % 4.0")
+    assert table["alpha/1"].endswith("400 K 50 K 40.0 % 24.0")
     assert table["alpha/2"].startswith("alpha/2")
     assert table["alpha/0"].startswith("* alpha/0 gates 0.7 0 94.00 % 700 K")
     assert "95.00 % 1 M 100 K 100.0 %" in table["dense"]
@@ -61,7 +61,7 @@ def test_pareto_of_two_studies_with_seeds_and_a_baseline(capsys: pytest.CaptureF
     assert "beta all 4 1" in shown
     assert shown.index("beta gates 3 1 ") < shown.index("beta uniform 1 1 ")
     assert "beta uniform 1 1 0.0050" in shown  # (0.85 - 0.8) x (0.6 - 0.5)
-    assert "beta gates 0.5 4.0 3 92.00 % ± 2.00 500 K ± 0" in shown
+    assert "beta gates 0.5 24.0 3 92.00 % ± 2.00 500 K ± 0" in shown
     assert "(accuracy 0.8, share 0.6)" in shown
 
 

@@ -39,7 +39,7 @@ def test_figures_marks_and_commands(studies: Path):
     knee = of(data, "alpha", 1)
     assert (knee["accuracy"], knee["macs"], knee["dense_macs"], knee["param.budget.arguments.weight"]) == (
         *(0.93, 400_000, 1_000_000),
-        4.0,
+        24.0,
     )
     assert [of(data, "alpha", n)["on_front"] for n in range(4)] == [True, True, False, True]
     assert [of(data, "alpha", n)["knee"] for n in range(4)] == [False, True, False, False]
