@@ -21,37 +21,14 @@ import pandas as pd
 import torch
 from _trained import example_of, trained
 from rich.console import Console
-from torch import nn
 
 from nas_gate import candidate
-from nas_gate.baselines import l1
+from nas_gate.baselines import uniform
 from nas_gate.cli import composed, settings_of
-from nas_gate.gating import ranks
+from nas_gate.padding import keep_of
 from nas_gate.prepare import prepare
-from nas_gate.removal import Cut, remove_units
+from nas_gate.removal import remove_units
 from nas_gate.search import train_dense
-from nas_gate.structure import Structure
-
-
-def counts(structure: Structure, cut: Cut) -> np.ndarray:
-    """How many units of every group a cut keeps, shape (groups,)."""
-    closed = [
-        np.setdiff1d(slots.units, slots.units[list(cut.slots[slots.tensor][slots.dim])])
-        for slots in structure.slots
-        if slots.dim in cut.slots.get(slots.tensor, {})
-    ]
-    gone = np.unique(np.concatenate(closed))
-    return np.array([g.size for g in structure.groups]) - np.bincount(
-        structure.group_of_unit()[gone], minlength=len(structure.groups)
-    )
-
-
-def largest(structure: Structure, dense: nn.Module, left: np.ndarray) -> torch.Tensor:
-    """The keep that leaves so many units of every group, (groups,), those of the largest mean |w|."""
-    group = structure.group_of_unit()
-    start = torch.tensor([g.start for g in structure.groups])
-    rank = ranks(torch.from_numpy(l1(structure, dense)), torch.from_numpy(group), start)
-    return rank < torch.from_numpy(left[group])
 
 
 def main() -> None:
@@ -72,7 +49,10 @@ def main() -> None:
         found, key = candidate.read(run / "candidate"), (str(run), settings.cycle.epochs, settings.seed)
         if key in {(row["widths_of"], row["epochs"], row["seed"]) for row in rows}:
             continue
-        keep = largest(structure, prepared.dense, counts(structure, found.cut))
+        # by their place in l1's order, the same number of every group
+        share = structure.open_units(keep_of(structure, found.cut)) / np.array([g.size for g in structure.groups])
+        place = uniform(structure, prepared.dense)
+        keep = torch.from_numpy(place > (1 - share)[structure.group_of_unit()])
         small = remove_units(prepared.dense, structure, keep, (example,), {}).model
         name = "-".join([*run.parts[-2:], str(settings.cycle.epochs), str(settings.seed)])
         row = trained(small, settings, prepared, arguments.work / f"{name}.pt", console)

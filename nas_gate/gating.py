@@ -38,14 +38,14 @@ class Factors(nn.Module):
         super().__init__()
         units = structure.units
         self._shapes: list[tuple[str, list[int], bool]] = []
-        rows = {norm.standardizes for norm in structure.norms}
+        rows = {(norm.standardizes, norm.dim) for norm in structure.norms}
         index, sizes = [], []
         for gate in structure.gates:
             ids = torch.from_numpy(gate.units)
             index.append(torch.where(ids >= 0, ids, units))  # the last factor is the constant 1
             sizes.append(len(ids))
             shape = shapes[gate.tensor]
-            by_row = gate.dim == 1 and gate.tensor in rows
+            by_row = (gate.tensor, gate.dim) in rows
             self._shapes.append((gate.tensor, [n if d == gate.dim else 1 for d, n in enumerate(shape)], by_row))
         self._sizes = sizes
         self.names = list(dict.fromkeys(name for name, *_ in self._shapes))
@@ -182,13 +182,14 @@ class Gates(nn.Module):
         self.weight = nn.Parameter(torch.full((structure.units,), float(function.initial)))
         for name, values in zip(("_set", "_start", "_least", "_most"), structure.rivals()):
             self.register_buffer(name, torch.from_numpy(values), persistent=False)
-        self.minimum, self.round_to = minimum, round_to
+        self._least = torch.where(self._least > 0, self._least.clamp(min=minimum), 0).minimum(self._most)
+        self.round_to = round_to
 
     def forward(self) -> Tensor:
         """Keep, shape (units,), in [0, 1]."""
         keep: Tensor = self.function(self.weight)
         rank = self.ranks()
-        least = torch.where(self._least > 0, self._least.clamp(min=self.minimum), 0).minimum(self._most)
+        least = self._least
         if self.round_to > 1:
             open_units = torch.zeros_like(least).index_add(0, self._set, (keep > 0.5).to(least.dtype))
             least = (least.maximum(open_units) + self.round_to - 1) // self.round_to * self.round_to

@@ -29,7 +29,7 @@ def padded(dense: nn.Module, network: nn.Module, cut: Cut, example: Tensor, bloc
     its statistics over stay as many as they are. Raises ValueError where the cut is not one that the analysis offers.
     """
     structure = analyze(dense, example, depth=bool(cut.zeros or cut.loose))
-    keep = _keep(structure, cut)
+    keep = keep_of(structure, cut)
     _take_up(dense, network, structure, cut, keep)
     more = keep.clone()
     normed = {int(unit) for norm in structure.norms for unit in norm.units}
@@ -45,7 +45,7 @@ def padded(dense: nn.Module, network: nn.Module, cut: Cut, example: Tensor, bloc
         raise ValueError(f"{type(dense).__name__} cannot be padded to multiples of {block}: {error}") from error
 
 
-def _keep(structure: Structure, cut: Cut) -> Tensor:
+def keep_of(structure: Structure, cut: Cut) -> Tensor:
     """The keep vector that gives the cut."""
     keep = structure.dense()
     for slots in structure.slots:

@@ -544,7 +544,7 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
     inputs = _ClosedInputs()
     norms = [(model.get_submodule(n.path), n, torch.from_numpy(kept[n.units])) for n in structure.norms]
     choices = [(choice_at(model, c.path), torch.from_numpy(kept[list(c.units)]).float()) for c in structure.choices]
-    rows = {n.standardizes for n in structure.norms}
+    rows = {(n.standardizes, n.dim) for n in structure.norms}
     for gate in structure.gates:
         weight = weights.get(gate.tensor, own[gate.tensor].data)
         mask = torch.from_numpy(kept[gate.units]).to(weight)
@@ -552,7 +552,7 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
             inputs.masks[id(own[gate.tensor])] = mask
             continue
         mask = mask.reshape([-1 if d == gate.dim else 1 for d in range(weight.dim())])
-        by_row = gate.dim == 1 and gate.tensor in rows
+        by_row = (gate.tensor, gate.dim) in rows
         weights[gate.tensor] = standardized(weight, mask) if by_row else weight * mask
     scales = {n.weight: over.double().mean().sqrt() for _, n, over in norms if n.weight is not None}
     for name, scale in scales.items():

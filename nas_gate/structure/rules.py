@@ -556,8 +556,7 @@ def _standardized(call: Call, tensor: Tensor, dims: Sequence[int]) -> Tracks | N
     rows = math.prod(n for d, n in enumerate(value.shape) if d not in dims)
     if not made.leaf or rows != made.outputs[0][0] or not all(t.weight for t in value.tracks):
         return None
-    call.findings.standardized.append(made.leaf)
-    call.findings.normed_weights.append(made.leaf)
+    call.findings.standardized.add(made.leaf)
     return _columns(call, made.leaf, value.tracks)
 
 
@@ -582,7 +581,10 @@ def _columns(call: Call, name: str, tracks: Tracks) -> Tracks:
 
 def _are_columns(call: Call, labels: Tensor) -> bool:
     """Whether labels are columns of a parameter whose rows get statistics."""
-    names, label = call.findings.normed_weights, int(labels.max())
+    names = call.findings.standardized | call.findings.normalized
+    if not names:
+        return False
+    label = int(labels.max())
     return any(s.name in names and s.dim > 0 and 0 <= label - s.start < s.size for s in call.findings.slots)
 
 
@@ -680,7 +682,7 @@ def weight_norm(call: Call) -> Results:
     dim, name = call["dim"] % len(v.shape), _parameter(call, call.made(call["v"]))
     own = all(t.weight for t in v.tracks)
     if name is not None and own:
-        call.findings.normed_weights.append(name)
+        call.findings.normalized.add(name)
     tracks = v.tracks if own else _carried(call, v, [d for d in range(len(v.shape)) if d != dim], "mixes")
     # a closed row has no norm to divide by: it is g that closes rows
     tracks = tuple(Track(t.labels, t.weight and dim not in t.dims) for t in tracks)

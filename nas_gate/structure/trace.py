@@ -147,10 +147,10 @@ class Findings:
     widths: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Normed] = field(default_factory=dict)
     """Layer and RMS norms over units, by path."""
-    standardized: list[str] = field(default_factory=list)
+    standardized: set[str] = field(default_factory=set)
     """Weights that are used less the mean of every row (dimension 0), over its standard deviation."""
-    normed_weights: list[str] = field(default_factory=list)
-    """Weights that statistics of every row, of these or other kinds, are taken of."""
+    normalized: set[str] = field(default_factory=set)
+    """Weights that are used over the norm of every row."""
     means: list[tuple[str, Tensor, str]] = field(default_factory=list)
     """Means over units: of which module, over which labels, and why those are fixed if it is no centred norm."""
     entering: dict[str, Value] = field(default_factory=dict)
