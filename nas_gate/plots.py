@@ -99,11 +99,13 @@ class Dense:
 class FigureData:
     """All that the picture shows; `left_out` counts candidates without the quality or a figure for the x axis.
 
-    The x axis is `logarithmic` where costs differ so much that most would lie at its left edge otherwise.
+    The x axis is `logarithmic` where costs differ so much that most would lie at its left edge otherwise. `view` are
+    the limits of the quality, ascending: what matters, see `_view`.
     """
 
     x: str
     logarithmic: bool
+    view: tuple[float, float]
     series: tuple[Series, ...]
     knees: tuple[Knee, ...]
     dense: tuple[Dense, ...]
@@ -202,11 +204,45 @@ def figure_data(
     dense = _dense(studies, x, quality)
     costs = _costs(series, dense)
     logarithmic = min(costs) > 0 and max(costs) >= WIDE * min(costs)
-    return FigureData(x, logarithmic, tuple(series), tuple(knees), dense, left_out, quality)
+    view = _view(series, dense, quality)
+    return FigureData(x, logarithmic, view, tuple(series), tuple(knees), dense, left_out, quality)
 
 
 def _costs(series: Sequence[Series], dense: Sequence[Dense]) -> list[float]:
     return [p.cost for s in series for p in s.points] + [d.cost for d in dense if not math.isnan(d.cost)]
+
+
+def _view(series: Sequence[Series], dense: Sequence[Dense], quality: Quality) -> tuple[float, float]:
+    """The limits of the quality that show what matters, ascending.
+
+    One collapsed candidate would press all the rest to one edge, and so would a baseline whose whole front collapses,
+    or a supernet, whose dense model has hardly been trained. So the limit on the side of the worse values follows the
+    fronts and the means: all of the leading method's, of others what lies at most as far below those as they reach.
+    """
+    sign = quality.sign  # all that follows is of values that are better for being higher
+    leading = min((each.method for each in series), key=method_order)
+    first, others = (
+        [sign * value for each in series if (each.method == leading) is of_leading for value in _shown(each)]
+        for of_leading in (True, False)
+    )
+    points = [sign * point.accuracy for each in series for point in each.points]
+    known = [sign * each.accuracy for each in dense]
+    low, high = min(first), max([*first, *others, *known])
+    scale = 1.0 if quality.percent else max(abs(low), abs(high)) or 1.0
+    reach = max(high - low, 0.1 * scale)
+    low = min([low, *(value for value in others if value >= low - reach)])
+    span = max(high - low, 0.01 * scale)
+    floor = min(low, max(min([*points, *known]), low - 0.35 * span)) - 0.07 * span
+    lower, upper = sorted((sign * floor, sign * (high + 0.09 * span)))
+    if quality.percent and all(0 <= sign * value <= 1 for value in points):
+        lower, upper = max(lower, -0.01), min(upper, 1.01)
+    return lower, upper
+
+
+def _shown(series: Series) -> list[float]:
+    """The qualities on the front, and the ends of what its means spread over."""
+    spread = [repeat.accuracy + side * repeat.accuracy_std for repeat in series.repeats for side in (-1, 1)]
+    return [*(point.accuracy for point in series.points if point.on_front), *spread]
 
 
 # ---------------------------------------------------------------------------------------------------- the drawing
@@ -298,29 +334,6 @@ def _draw_series(axes: Axes, series: Series, height: float, colour: str, marker:
         )
 
 
-def _frame(axes: Axes, data: FigureData, height: float) -> tuple[int, int]:
-    """Sets the limits of the quality to what matters, and returns how many candidates and dense models lie beyond them.
-
-    One collapsed candidate would press all the rest to one edge, and so would a supernet, whose dense model has hardly
-    been trained. So the limit on the side of the worse values follows the fronts and the means; what is far worse than
-    every front is left out of view, and counted in the note.
-    """
-    sign = data.quality.sign  # all that follows is of values that are better for being higher
-    points = [point for series in data.series for point in series.points]
-    heights = [sign * point.accuracy for point in points if point.on_front]
-    heights += [sign * r.accuracy + side * r.accuracy_std for s in data.series for r in s.repeats for side in (-1, 1)]
-    dense = [sign * each.accuracy for each in data.dense]
-    low, high = min(heights), max([*heights, *dense])
-    span = max(high - low, 0.01 if data.quality.percent else 0.01 * max(abs(low), abs(high))) or 1.0
-    floor = min(low, max(min([*(sign * p.accuracy for p in points), *dense]), low - 0.35 * span)) - 0.07 * span
-    top = high + 0.09 * span
-    limits = sorted((sign * floor, sign * top))
-    if data.quality.percent and all(0 <= point.accuracy <= 1 for point in points):
-        limits = [max(limits[0], -0.01), min(limits[1], 1.01)]
-    axes.set_ylim(*(height * limit for limit in limits))
-    return sum(sign * point.accuracy < floor for point in points), sum(value < floor for value in dense)
-
-
 def _legend(
     figure: Figure, data: FigureData, colours: dict[tuple[str, str], str], markers: dict[str, str], leading: str
 ) -> None:
@@ -364,6 +377,11 @@ def _legend(
             text.set_fontweight("bold")
 
 
+def _worse(each: Point | Dense, data: FigureData) -> bool:
+    """Whether it is out of view."""
+    return each.accuracy < data.view[0] if data.quality.higher_is_better else each.accuracy > data.view[1]
+
+
 def _figure(data: FigureData) -> Figure:
     from matplotlib.figure import Figure
 
@@ -385,7 +403,9 @@ def _figure(data: FigureData) -> Figure:
         place = [at.cost], [height * at.accuracy]
         axes.scatter(*place, s=150, marker="o", facecolors="none", edgecolors="black", lw=1.3, zorder=6)
     _scale(axes, data)
-    beyond, dense_beyond = _frame(axes, data, height)
+    axes.set_ylim(*(height * limit for limit in data.view))
+    beyond = sum(_worse(point, data) for series in data.series for point in series.points)
+    dense_beyond = sum(_worse(dense, data) for dense in data.dense)
     name = next(iter(studies)) if len(studies) == 1 else f"{len(studies)} studies"
     axes.set_title(f"{name}: validation {quality.label} against {_SHORT[data.x]}")
     axes.set_ylabel(f"validation {quality.label}{', %' if quality.percent else ''}")

@@ -187,6 +187,26 @@ def test_a_dense_model_far_below_is_out_of_view(dense: float, beyond: bool, tmp_
     assert ("<!-- dense models below the view: 1 -->" in text) == beyond
 
 
+@pytest.mark.parametrize(
+    ("method", "accuracy", "beyond"),
+    [
+        ("l1", 0.83, False),  # up to 0.1 below the lowest of gates always stays in view
+        ("l1", 0.41, True),
+        ("gates", 0.41, False),  # the left end of what is looked at
+    ],
+)
+def test_a_front_that_collapses_is_out_of_view(method: str, accuracy: float, beyond: bool, tmp_path: Path) -> None:
+    rows = [{"accuracy": 0.9, "macs": 20}, {"accuracy": 0.95, "macs": 30}]
+    data = figure_data(table(*rows, {"accuracy": accuracy, "macs": 10, "method": method}, dense_accuracy=0.95))
+    assert all(point.on_front for series in data.series for point in series.points)
+    assert (data.view[0] > accuracy) == beyond
+    assert data.view[0] < 0.9
+    assert data.view[1] > 0.95
+    pytest.importorskip("matplotlib")
+    text = draw(data, tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert ("<!-- candidates below the view: 1 -->" in text) == beyond
+
+
 def test_pictures_of_errors(tmp_path: Path) -> None:
     """Less is better: the outline falls, and what is far worse lies above the view."""
     names = {"accuracy": "psnr_gap", "test_accuracy": "test_psnr_gap", "dense_accuracy": "dense_psnr_gap"}
