@@ -215,8 +215,11 @@ def register_resolvers() -> None:
     def digest(*, _root_: DictConfig) -> str:
         whole: Any = OmegaConf.to_container(OmegaConf.masked_copy(_root_, list(SETTINGS)), resolve=True)
         whole["data"] = {key: value for key, value in whole["data"].items() if key not in PLACES}
-        if whole["task"] == DEFAULT_TASK:  # so that the folders of runs from before there were others stay theirs
+        # so that the folders of runs from before there were others stay theirs
+        if whole["task"] == DEFAULT_TASK:
             del whole["task"]
+        if whole["weights"] is None:
+            del whole["weights"]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
 
     def shares(*, _root_: DictConfig) -> str:
@@ -247,6 +250,7 @@ SETTINGS = (
     "seed",
     "test",
     "task",
+    "weights",
 )
 OTHERS = ("run", "run_dir", "cache_dir", "experiment")
 
@@ -273,7 +277,8 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
             "data": _made(Named, {"name": data.pop("name", None), "arguments": data}, "data"),
             **{name: _made(kind, training[name], f"training.{name}") for name, kind in parts.items()},
             "hardware": _made(Hardware, config["hardware"], "hardware"),
-            **{name: config[name] for name in ("method", "target", "metric", "round_to", "depth", "seed", "test")},
+            **{name: config[name] for name in ("method", "target", "metric", "round_to", "depth", "seed")},
+            **{name: config[name] for name in ("test", "weights")},
             "targets": _shares(config["targets"]),
             "limits": {name: _typed(x, float, f"limits.{name}") for name, x in limits.items() if x is not None},
             "latency": _made(Timing, config["latency"], "latency"),

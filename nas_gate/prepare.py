@@ -59,6 +59,8 @@ def prepare(settings: Settings, cache_dir: Path | None = None, console: Console 
         task = task_of(settings)
         data = load_data(settings)
         dense, model_arguments = seeded_model(settings, data.in_channels, data.num_classes)
+        if settings.weights is not None:
+            models.load_weights(dense, settings.weights)
         gate = make_gate(settings.gate.name, **settings.gate.arguments)
         budget = make_budget(settings.budget.name, settings.metric, **settings.budget.arguments)
         example = example_input((data.in_channels, *data.image_size))

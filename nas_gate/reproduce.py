@@ -68,7 +68,9 @@ def configuration_of(settings: Plain) -> dict[str, Any]:
     """The part of the configuration that settings came from: the reverse of what the command line makes of it."""
     try:
         return {
-            "task": {"name": "classification", "arguments": {}},  # settings leave the default out
+            # settings leave these defaults out
+            "task": {"name": "classification", "arguments": {}},
+            "weights": None,
             **{key: value for key, value in settings.items() if key not in TRAINING},
             "data": {"name": settings["data"]["name"], **settings["data"]["arguments"]},
             "training": {key: settings[key] for key in TRAINING},

@@ -246,6 +246,8 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
         "versions": versions(),
         **{key: value for key, value in describe(settings).items() if key == "task"},
     }
+    if settings.weights is not None:
+        key["weights"] = hashlib.sha256(Path(settings.weights).read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder = cache_dir / f"{file_name(settings.model.name)}-{file_name(settings.data.name)}-{digest}"
     with held(folder, prepared.fabric, wait=True, console=console):

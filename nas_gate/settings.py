@@ -101,7 +101,8 @@ class Settings:
     gated and then the small one; the first `gating.epochs` of the cycle are the gated ones. `method` is one of
     METHODS; those without gates cut the dense network and train the small one over the whole cycle: as many epochs, on
     the same schedule. With `test`, a candidate's accuracy on the test set is measured, once, at its last epoch. With
-    `depth`, residual branches are units, too. `task` says what is learned and measured (see `nas_gate.tasks`).
+    `depth`, residual branches are units, too. `task` says what is learned and measured (see `nas_gate.tasks`). The
+    dense network begins with the weights in the file `weights`, where there is one (see `models.load_weights`).
     """
 
     model: Named
@@ -124,6 +125,7 @@ class Settings:
     seed: int = 0
     test: bool = True
     task: Named = field(default_factory=lambda: Named(**DEFAULT_TASK))
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         require(self.method in METHODS, f"`method` must be one of {METHODS}", self.method)
@@ -173,10 +175,12 @@ class Settings:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """`settings` as JSON holds them; the default task is left out, as in runs from before there were others."""
+    """`settings` as JSON holds them; what there was not always is left out where it is the default."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=str))
     if plain["task"] == DEFAULT_TASK:
         del plain["task"]
+    if plain["weights"] is None:
+        del plain["weights"]
     return plain
 
 

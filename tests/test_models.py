@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.models as zoo
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -563,3 +564,57 @@ def test_shipped_config(path: Path) -> None:
 def test_every_own_network_has_a_config() -> None:
     others = {"cifar_supernet", "digits_cnn", "shapes_fcn", "torchvision", "custom"}
     assert {p.stem for p in CONF.glob("*.yaml")} == {*CIFAR_NAMES, *others}
+
+
+# --- weights from files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapper", [None, "module", "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_of_a_checkpoint(wrapper: str | None, prefix: str, tmp_path: Path) -> None:
+    source, model = (models.build("digits_cnn", width=0.25) for _ in range(2))
+    state = {f"{prefix}{name}": value for name, value in source.state_dict().items()}
+    torch.save(state if wrapper is None else {"epoch": 3, wrapper: state}, tmp_path / "a.pt")
+    models.load_weights(model, tmp_path / "a.pt")
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_of_safetensors(tmp_path: Path) -> None:
+    source, model = (models.build("digits_cnn", width=0.25) for _ in range(2))
+    save_file(source.state_dict(), tmp_path / "a.safetensors")
+    models.load_weights(model, str(tmp_path / "a.safetensors"))
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+class Payload:
+    """Nothing that weights may hold."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no weights", "cannot be read"),
+        ({"weight": torch.ones(2, 3)}, "without 'bias' \\(1 such\\)$"),
+        ({"weight": torch.ones(2, 3), "bias": torch.ones(2), "b": torch.ones(1)}, "with unknown 'b' \\(1 such\\)"),
+        ({"weight": torch.ones(3, 2), "bias": torch.ones(2)}, "'weight' has shape \\(3, 2\\) there and \\(2, 3\\) in"),
+        ({"weight": [1, 2]}, "must be a state dict of tensors"),
+        ([1, 2], "must be a state dict of tensors"),
+        ({"weight": Payload()}, "cannot be read"),
+    ],
+)
+def test_weights_that_do_not_fit_leave_the_model_alone(content: object, message: str, tmp_path: Path) -> None:
+    path, model = tmp_path / "a.pt", nn.Linear(3, 2)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        models.load_weights(model, path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_damaged_safetensors_are_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"a\.safetensors cannot be read"):
+        models.load_weights(nn.Linear(3, 2), tmp_path / "a.safetensors")

@@ -31,6 +31,7 @@ def shipped() -> Shipped:
         (["training.cycle.learning_rate=1e-05"], ["training.cycle.learning_rate=1e-05"]),
         (["~budget.arguments.power"], ["~budget.arguments.power"]),
         (["data.augment=default"], ["data.augment=default"]),
+        (["weights=a/b.pt", "training.dense.epochs=0"], ["weights=a/b.pt", "training.dense.epochs=0"]),
         (["limits.params=0.4", "depth=true"], ["limits.params=0.4", "depth=true"]),
         (["method=l1", "targets=[0.7,0.35]"], ["method=l1", "targets=[0.7,0.35]"]),
         (

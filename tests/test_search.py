@@ -498,6 +498,7 @@ def changed(**change: Any) -> Settings:
         (lambda: changed(target=0.001), r"target=0\.001 is below what is reachable.*between 0\.\d+ and 1"),
         (lambda: changed(model=Named("digits_cn")), "unknown model 'digits_cn'.*digits_cnn"),
         (lambda: changed(model=Named("digits_cnn", {"depth": 3})), "depth.*arguments are .*width"),
+        (lambda: changed(weights="there/is/none.pt"), "no file of weights there/is/none.pt"),
         (lambda: changed(model=Named("test_search:Fixed")), "at least one removable unit"),
         (lambda: changed(data=Named("digit")), "no data set 'digit'; valid names: digits"),
         (lambda: changed(data=Named("digits", {"size": 3})), "takes no argument 'size'"),
@@ -519,6 +520,28 @@ def test_bad_input_is_refused_before_any_training(
         run(tmp_path, make())
     assert not (tmp_path / "dense").exists()
     assert not (tmp_path / "run").exists()
+
+
+def test_begins_with_the_weights_of_a_file(whole: tuple[Path, dict[str, Any], str], tmp_path: Path):
+    """The dense network of the cache, as a file: with no dense epochs it gives the trial that trained it."""
+    folder, result, _ = whole
+    (checkpoint,) = (folder / "dense").glob("*/dense.pt")
+    settings = replace(TINY, weights=str(checkpoint), dense=replace(RECIPE, epochs=0))
+    again = run(tmp_path, settings)
+    assert again["dense_accuracy"] == result["dense_accuracy"]
+    assert same_weights(str(folder / "run/candidate"), str(tmp_path / "run/candidate"))
+
+
+def test_the_cache_knows_the_weights_by_their_content(tmp_path: Path):
+    names = []
+    file = tmp_path / "weights.pt"
+    for seed in (0, 1):
+        torch.save(search.prepare(replace(TINY, seed=seed)).dense.state_dict(), file)
+        settings = replace(TINY, weights=str(file))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(search, "fit", lambda *a, **k: names.append(k["checkpoint"].parent.name))
+            search.train_dense(settings, search.prepare(settings), tmp_path)
+    assert names[0] != names[1]
 
 
 def test_other_settings_in_the_same_folder_are_refused_with_what_differs(
