@@ -44,24 +44,27 @@ def refuse_other_settings(described: Plain, run_dir: Path) -> None:
     file = run_dir / "settings.json"
     if not file.exists():
         return
-    before, now = _flat(read_json(file)), _flat(described)
-    differing = [
-        f"{key}: {before.get(key, 'nothing')!r} there, {now.get(key, 'nothing')!r} asked for"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if differing:
+    if differing := differences(read_json(file), described):
         raise Refused(
-            f"{run_dir} holds a run with other settings ({'; '.join(differing)}). "
+            f"{run_dir} holds a run with other settings ({differing}). "
             "Choose another folder, or ask for the same settings to continue that run."
         )
+
+
+def differences(there: Plain, asked: Plain) -> str:
+    """What differs between two nested mappings, in words; nothing where they are equal."""
+    before, now = _flat(there), _flat(asked)
+    return "; ".join(
+        f"{key}: {before.get(key, 'nothing')} there, {now.get(key, 'nothing')} asked for"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    )
 
 
 def _flat(plain: Plain, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in plain.items():
-        inner = isinstance(value, Mapping) and value
-        flat.update(_flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value})
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return flat
 
 

@@ -19,6 +19,7 @@ from optuna.trial import Trial
 
 from nas_gate.errors import Refused
 from nas_gate.files import write_text
+from nas_gate.folders import differences
 from nas_gate.study.early_stopping import EarlyStopping
 from nas_gate.study.samplers import PerTrial, make_sampler
 from nas_gate.study.space import Space, as_overrides
@@ -190,21 +191,8 @@ def join(plan: Plan) -> Joined:
 
 
 def _refuse_difference(there: Mapping[str, Any], asked: Mapping[str, Any], where: str) -> None:
-    before, now = _flat(there), _flat(asked)
-    differing = [
-        f"{key}: {before.get(key, 'nothing')} there, {now.get(key, 'nothing')} asked for"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if differing:
+    if differing := differences(there, asked):
         raise Refused(
-            f"{where} is another study ({'; '.join(differing)}). Choose another name (hydra.sweeper.study=...), "
+            f"{where} is another study ({differing}). Choose another name (hydra.sweeper.study=...), "
             "or ask for the same to continue it."
         )
-
-
-def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in plain.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
