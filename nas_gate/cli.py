@@ -210,17 +210,12 @@ def register_resolvers() -> None:
     """
     from omegaconf import OmegaConf
 
-    from nas_gate.settings import DEFAULT_TASK
+    from nas_gate.settings import without_added
 
     def digest(*, _root_: DictConfig) -> str:
         whole: Any = OmegaConf.to_container(OmegaConf.masked_copy(_root_, list(SETTINGS)), resolve=True)
         whole["data"] = {key: value for key, value in whole["data"].items() if key not in PLACES}
-        # so that the folders of runs from before there were others stay theirs
-        if whole["task"] == DEFAULT_TASK:
-            del whole["task"]
-        if whole["weights"] is None:
-            del whole["weights"]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
+        return hashlib.sha256(json.dumps(without_added(whole), sort_keys=True).encode()).hexdigest()[:8]
 
     def shares(*, _root_: DictConfig) -> str:
         targets = _root_.target if _root_.targets is None else _root_.targets

@@ -23,6 +23,9 @@ TARGET = 0.5
 DEFAULT_TASK: Plain = {"name": "classification", "arguments": {}}
 """The default task, as JSON holds it."""
 
+ADDED: Plain = {"task": DEFAULT_TASK, "weights": None}
+"""Settings that there were not always, and their defaults."""
+
 
 @dataclass(frozen=True)
 class Named:
@@ -175,13 +178,13 @@ class Settings:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """`settings` as JSON holds them; what there was not always is left out where it is the default."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=str))
-    if plain["task"] == DEFAULT_TASK:
-        del plain["task"]
-    if plain["weights"] is None:
-        del plain["weights"]
-    return plain
+    """`settings` as JSON holds them, but for what `without_added` leaves out."""
+    return without_added(json.loads(json.dumps(asdict(settings), default=str)))
+
+
+def without_added(plain: Plain) -> dict[str, Any]:
+    """`plain` without what is in ADDED and at its default, so that the folders of earlier runs stay theirs."""
+    return {key: value for key, value in plain.items() if key not in ADDED or value != ADDED[key]}
 
 
 def versions() -> dict[str, str]:

@@ -586,6 +586,13 @@ def test_weights_of_safetensors(tmp_path: Path) -> None:
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_names_that_begin_like_those_of_a_wrapper_stay(tmp_path: Path) -> None:
+    source, model = (nn.ModuleDict({"module": nn.Linear(2, 2)}) for _ in range(2))
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    models.load_weights(model, tmp_path / "a.pt")
+    assert torch.equal(model["module"].weight, source["module"].weight)
+
+
 class Payload:
     """Nothing that weights may hold."""
 

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 WRAPPERS = ("module", "state_dict", "model")
 """Keys under which checkpoints keep the state dict: the cache of dense networks, Lightning, torchvision."""
 
+PREFIX = "module."
+"""What a DistributedDataParallel puts before every name."""
+
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Fill `model` in place with the weights in `path`: all of them, and no others.
 
-    The file holds a state dict, or a checkpoint with one under a key of WRAPPERS; names may begin with "module.", as
-    those of a DistributedDataParallel do. It is read without running code of it.
+    The file holds a state dict, or a checkpoint with one under a key of WRAPPERS; names may begin with PREFIX. It is
+    read without running code of it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -30,8 +33,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         read: Any = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes can raise anything
         raise ValueError(f"the weights {path} cannot be read ({type(error).__name__}: {error})") from error
-    given = _state(read, path)
     wanted = model.state_dict()
+    given = _state(read, path)
+    if given and all(name.startswith(PREFIX) for name in given) and not given.keys() & wanted.keys():
+        given = {name.removeprefix(PREFIX): value for name, value in given.items()}
     missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unknown:
         lists = (("without", missing), ("with unknown", unknown))
@@ -47,7 +52,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def _state(read: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict of a file's content, names without "module."."""
+    """The state dict of a file's content."""
     found = read
     for key in WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
@@ -55,6 +60,4 @@ def _state(read: Any, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"the weights {path} must be a state dict of tensors, or have one under one of {WRAPPERS}")
-    prefix = "module."
-    every = bool(found) and all(str(name).startswith(prefix) for name in found)
-    return {str(name)[len(prefix) if every else 0 :]: value for name, value in found.items()}
+    return {str(name): value for name, value in found.items()}
