@@ -217,7 +217,8 @@ def _view(series: Sequence[Series], dense: Sequence[Dense], quality: Quality) ->
 
     One collapsed candidate would press all the rest to one edge, and so would a baseline whose whole front collapses,
     or a supernet, whose dense model has hardly been trained. So the limit on the side of the worse values follows the
-    fronts and the means: all of the leading method's, of others what lies at most as far below those as they reach.
+    fronts and the means: all of the leading method's; of the others, and of dense models, what lies at most as far
+    below those as they reach.
     """
     sign = quality.sign  # all that follows is of values that are better for being higher
     leading = min((each.method for each in series), key=method_order)
@@ -230,9 +231,9 @@ def _view(series: Sequence[Series], dense: Sequence[Dense], quality: Quality) ->
     low, high = min(first), max([*first, *others, *known])
     scale = 1.0 if quality.percent else max(abs(low), abs(high)) or 1.0
     reach = max(high - low, 0.1 * scale)
-    low = min([low, *(value for value in others if value >= low - reach)])
+    low = min([low, *(value for value in (*others, *known) if value >= low - reach)])
     span = max(high - low, 0.01 * scale)
-    floor = min(low, max(min([*points, *known]), low - 0.35 * span)) - 0.07 * span
+    floor = min(low, max(min(points), low - 0.35 * span)) - 0.07 * span
     lower, upper = sorted((sign * floor, sign * (high + 0.09 * span)))
     if quality.percent and all(0 <= sign * value <= 1 for value in points):
         lower, upper = max(lower, -0.01), min(upper, 1.01)
