@@ -28,7 +28,7 @@ from nas_gate.latency import batch
 from nas_gate.measuring import identify, measure_latency
 from nas_gate.settings import Plain, Settings
 from nas_gate.tasks import Task, make_task
-from nas_gate.training import Loader, connect, output_of, place, seed_everything
+from nas_gate.training import Loader, compiled, connect, output_of, place, seed_everything
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def prepare(settings: Settings, cache_dir: Path | None = None, console: Console 
     """
     with refusing():
         fabric = connect(settings.hardware)
+        if settings.hardware.compile is not None:
+            try_compiling(settings.hardware.compile, fabric)
         task = task_of(settings)
         data = load_data(settings)
         dense, model_arguments = seeded_model(settings, data.in_channels, data.num_classes)
@@ -150,6 +152,17 @@ def try_task(task: Task, model: nn.Module, data: datasets.Data) -> None:
         raise ValueError(
             f"The task must fit the model's outputs {tuple(outputs.shape)} and the targets {tuple(targets.shape)} "
             f"of {data.name}, but: {error}"
+        ) from error
+
+
+def try_compiling(mode: str, fabric: Fabric) -> None:
+    """Compile something small: ValueError where this machine lacks what `torch.compile` needs."""
+    try:
+        compiled(nn.ReLU(), mode, fabric)(torch.ones(64, device=fabric.device))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]  # advice for torch's developers follows
+        raise ValueError(
+            f"`hardware.compile` must be null where torch.compile fails, as it does here: {reason}"
         ) from error
 
 

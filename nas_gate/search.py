@@ -246,6 +246,8 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
         "versions": versions(),
         **{key: value for key, value in describe(settings).items() if key == "task"},
     }
+    if settings.hardware.compile is not None:
+        key["compile"] = settings.hardware.compile
     if settings.weights is not None:
         key["weights"] = hashlib.sha256(Path(settings.weights).read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -265,6 +267,7 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
             epochs=range(settings.dense.epochs),
             seed=settings.seed,
             clip_norm=settings.dense.clip_norm,
+            compile_mode=settings.hardware.compile,
             checkpoint=folder / "dense.pt",
             console=console,
             label="dense",
@@ -300,6 +303,7 @@ def train_gated(trial: Trial, leg: Leg) -> list[Epoch]:
         seed=settings.seed,
         controller=controller,
         clip_norm=settings.cycle.clip_norm,
+        compile_mode=settings.hardware.compile,
         checkpoint=trial.run_dir / "gated.pt",
         console=trial.console,
         label="gated",
@@ -325,6 +329,7 @@ def fine_tune(trial: Trial, leg: Leg, removed: Removed, checkpoint: Path) -> lis
         epochs=range(leg.end, settings.cycle.epochs),
         seed=settings.seed,
         clip_norm=settings.cycle.clip_norm,
+        compile_mode=settings.hardware.compile,
         checkpoint=checkpoint,
         console=trial.console,
         label="fine-tuned",

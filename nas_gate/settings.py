@@ -23,8 +23,8 @@ TARGET = 0.5
 DEFAULT_TASK: Plain = {"name": "classification", "arguments": {}}
 """The default task, as JSON holds it."""
 
-ADDED: Plain = {"task": DEFAULT_TASK, "weights": None}
-"""Settings that there were not always, and their defaults."""
+ADDED: Plain = {"task": DEFAULT_TASK, "weights": None, "hardware.compile": None}
+"""Settings that there were not always, and their defaults; a dot parts a mapping's key from the one within."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,16 @@ def describe(settings: Settings) -> dict[str, Any]:
     return without_added(json.loads(json.dumps(asdict(settings), default=str)))
 
 
-def without_added(plain: Plain) -> dict[str, Any]:
-    """`plain` without what is in ADDED and at its default, so that the folders of earlier runs stay theirs."""
-    return {key: value for key, value in plain.items() if key not in ADDED or value != ADDED[key]}
+def without_added(plain: Plain, within: str = "") -> dict[str, Any]:
+    """`plain` without what is in ADDED and at its default, so that the folders of earlier runs stay theirs.
+
+    `within` is what comes before the keys of `plain` in ADDED's.
+    """
+    return {
+        key: without_added(value, f"{within}{key}.") if isinstance(value, Mapping) else value
+        for key, value in plain.items()
+        if f"{within}{key}" not in ADDED or value != ADDED[f"{within}{key}"]
+    }
 
 
 def versions() -> dict[str, str]:

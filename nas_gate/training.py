@@ -31,6 +31,9 @@ from nas_gate.tasks import CLASSIFICATION, Metric, Objective, Task
 Schedule = Callable[[float], float]
 """Epochs done, fractions included -> factor on every optimiser's own learning rate."""
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""Modes of `torch.compile`."""
+
 STEPS_BETWEEN_CHECKS = 50  # reading the loss waits for the device: not at every step
 
 
@@ -96,13 +99,22 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and how to compute; the first four fields are Lightning Fabric's own arguments."""
+    """Where and how to compute; the first four fields are Lightning Fabric's own arguments.
+
+    `compile` is a mode of `torch.compile`, one of COMPILE_MODES, in which networks are trained; None trains them as
+    they are. ValueError for any other.
+    """
 
     accelerator: str = "auto"
     devices: int | str = 1
     strategy: str = "auto"
     precision: str = "32-true"
     channels_last: bool = True
+    compile: str | None = None
+
+    def __post_init__(self) -> None:
+        known = self.compile is None or self.compile in COMPILE_MODES
+        require(known, f"`compile` must be null or one of {COMPILE_MODES}", self.compile)
 
 
 def connect(hardware: Hardware) -> Fabric:
@@ -141,6 +153,18 @@ def _miscomputed(module: nn.Module) -> bool:
         and max(module.stride) > 1
         and module.in_channels // module.groups < 16
     )
+
+
+def compiled(module: nn.Module, mode: str | None, fabric: Fabric) -> nn.Module:
+    """`module` as `torch.compile` makes it in `mode`, with the same weights; itself where the mode is None."""
+    if mode is None:
+        return module
+    # Networks of one class share a cache of eight, and a study has many: beyond them torch would no longer compile.
+    torch.compiler.reset()
+    options = dict(torch._inductor.list_mode_options(mode))
+    if fabric.device.type == "cpu" and any(map(_miscomputed, module.modules())):
+        options["layout_optimization"] = False  # which would put the channels last
+    return torch.compile(module, options=options)  # type: ignore[return-value]  # a module of a module
 
 
 def seed_everything(seed: int, *more: int) -> None:
@@ -312,6 +336,7 @@ def fit(
     seed: int = 0,
     controller: Controller | None = None,
     clip_norm: float = 0.0,
+    compile_mode: str | None = None,
     checkpoint: Path | None = None,
     console: Console | None = None,
     label: str = "train",
@@ -324,6 +349,7 @@ def fit(
     the state is stored there after every epoch, and a call that finds the file continues after that epoch.
     `clip_norm` bounds the first optimiser's gradient norm (the weights'; gates come second). Under a
     distributed strategy every process calls `fit`, with loaders that hold its own share of the examples.
+    Training steps run as `compiled` makes them in `compile_mode`; validation runs `module` itself.
     `after_epoch` is called with each new epoch once that is stored; what it raises ends the training.
 
     Raises Diverged when loss or weights are no longer finite: nothing of that epoch is stored.
@@ -333,7 +359,7 @@ def fit(
     if stored is not None:
         module.load_state_dict(stored["module"])
         history = history_of(stored)
-    wrapped, *stepped = fabric.setup(module, *optimisers)
+    wrapped, *stepped = fabric.setup(compiled(module, compile_mode, fabric), *optimisers)
     if stored is not None:
         for made, state in zip(optimisers, stored["optimisers"], strict=True):
             made.load_state_dict(state)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,20 @@ from nas_gate import cli
 from nas_gate.search import search
 
 DENSE = {"dense_accuracy": 0.95, "dense_macs": 1_000_000, "dense_params": 100_000}
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can make code for the processor."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except (InvalidCxxCompiler, OSError, subprocess.SubprocessError):
+        return False
+
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 
 
 def missing(program: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -408,18 +409,8 @@ def test_differentiates_ahead_of_time() -> None:
     compiled_equals_eager(backend="aot_eager", fullgraph=True)
 
 
-def has_compiler() -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return bool(get_cpp_compiler())
-    except (InvalidCxxCompiler, OSError, subprocess.SubprocessError):
-        return False
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own modules
-@pytest.mark.skipif(not has_compiler(), reason="inductor needs a C++ compiler")
+@needs_compiler
 def test_compiles_with_inductor() -> None:
     compiled_equals_eager(fullgraph=True)
 

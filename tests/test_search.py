@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs_compiler
 from rich.console import Console
 from torch import nn
 
@@ -116,8 +117,10 @@ def test_dense_weights_are_shared_by_trials(
         {"dense": replace(RECIPE, epochs=3)},
         {"model": Named("digits_cnn", {"width": 0.5})},
         {"data": Named("digits", {"batch_size": 128})},
+        pytest.param({"hardware": Hardware(accelerator="cpu", compile="default")}, marks=needs_compiler),
     ],
 )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own modules
 def test_the_cache_knows_what_determines_dense_weights(change: dict, tmp_path: Path):
     names = []
     for settings in (TINY, replace(TINY, **change)):
@@ -519,6 +522,14 @@ def test_bad_input_is_refused_before_any_training(
     with pytest.raises(ValueError, match=message):
         run(tmp_path, make())
     assert not (tmp_path / "dense").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_compiler_compiling_is_refused_before_any_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # which must not know the answer
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no such compiler",))
+    with pytest.raises(Refused, match=r"`hardware.compile` must be null .* here: .*no such compiler.*\Z"):
+        run(tmp_path, changed(hardware=Hardware(accelerator="cpu", compile="default")))
     assert not (tmp_path / "run").exists()
 
 

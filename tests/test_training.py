@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_compiler
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -331,19 +332,51 @@ def test_channels_last_does_not_change_the_function():
 
 @pytest.mark.parametrize("channels", [3, 7, 16])
 def test_gradients_of_a_thin_strided_convolution_are_right(channels: int):
+    module = thin(channels)
+    assert_right_gradients(module, module)
+    assert module[0].weight.is_contiguous() == (channels < 16)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own modules
+def test_gradients_of_a_thin_strided_convolution_are_right_when_compiled():
+    module = thin(3)
+    assert_right_gradients(module, training.compiled(module, "default", connect(CPU)))
+
+
+def thin(channels: int) -> nn.Module:
     torch.manual_seed(0)
-    placed = training.place(
-        nn.Sequential(nn.Conv2d(2, channels, 3), nn.Conv2d(channels, 8, 1, stride=2)), connect(CPU), channels_last=True
-    )
-    wide = copy.deepcopy(placed).double()
+    module = nn.Sequential(nn.Conv2d(2, channels, 3), nn.Conv2d(channels, 8, 1, stride=2))
+    return training.place(module, connect(CPU), channels_last=True)
+
+
+def assert_right_gradients(module: nn.Module, called: nn.Module) -> None:
+    wide = copy.deepcopy(module).double()
     x = torch.randn(16, 2, 32, 32)
-    placed(x).square().mean().backward()
+    called(x).square().mean().backward()
     wide(x.double()).square().mean().backward()
-    for mine, exact in zip(placed.parameters(), wide.parameters(), strict=True):
+    for mine, exact in zip(module.parameters(), wide.parameters(), strict=True):
         assert mine.grad is not None
         assert exact.grad is not None
         torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
-    assert placed[0].weight.is_contiguous() == (channels < 16)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own modules
+def test_a_compiled_network_trains_to_the_same_weights(tmp_path: Path):
+    """Also when it goes on from a checkpoint, and evaluation changes its mode in between."""
+    plain, fast = network(dropout=0.0), network(dropout=0.0)
+    train(plain)
+    train(fast, tmp_path / "c.pt", epochs=range(2), compile_mode="default")
+    history = train(fast, tmp_path / "c.pt", compile_mode="default")
+    assert [epoch.epoch for epoch in history] == [0, 1, 2, 3]
+    for (name, mine), theirs in zip(fast.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_an_unknown_mode_of_the_compiler_is_refused():
+    with pytest.raises(ValueError, match=r"`compile` must be null or one of .*'default'.*, but got 'fast'"):
+        Hardware(compile="fast")
 
 
 def test_two_processes_train_as_one(tmp_path: Path):
