@@ -45,6 +45,7 @@ def trained(
         epochs=range(settings.cycle.epochs),
         seed=settings.seed,
         clip_norm=settings.cycle.clip_norm,
+        compile_mode=settings.hardware.compile,
         checkpoint=checkpoint,
         console=console,
         label="fine-tuned",
