@@ -103,7 +103,7 @@ def _told() -> Iterator[list[int]]:
         code[0] = 1
     except KeyboardInterrupt:
         print(
-            "\nnas-gate: interrupted. Every finished epoch is stored: the same command continues from there.",
+            "\nnas-gate: interrupted. A search has stored every finished epoch: the same command continues from there.",
             file=sys.stderr,
         )
         code[0] = 130

@@ -10,7 +10,7 @@ one forward pass, is predicted from a table measured on this machine (see `laten
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,13 @@ class CostModel(nn.Module):
             self.register_buffer(f"_{metric}_fixed", fixed, persistent=False)
             self.register_buffer(f"_{metric}_coefficient", coefficient, persistent=False)
             self.register_buffer(f"_{metric}_axes", axes, persistent=False)
+        priced = METRICS if latency is None else (*METRICS, *MEASURED)
+        self._total = {metric: float(self.of_counts(self._dense, metric)) for metric in priced}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CostModel:
+        """Moved as the network is, but never cast with it: counts are exact in float64 only."""
+        moved: CostModel = super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        return moved
 
     def forward(self, keep: Tensor, metric: str = "macs") -> Tensor:
         """Cost of keep, shape (units,), as a float64 scalar."""
@@ -79,8 +86,7 @@ class CostModel(nn.Module):
     def total(self, metric: str = "macs") -> float:
         """Cost of the dense model: of every choice its first candidate, and all else. An int where it is counted."""
         self.check(metric)
-        total = float(self.of_counts(self._dense, metric))
-        return total if metric in MEASURED else round(total)
+        return self._total[metric] if metric in MEASURED else round(self._total[metric])
 
     def unit(self, metric: str) -> float:
         """What targets of a metric are counted in: the dense model's cost for shares, 1 for milliseconds."""
@@ -156,13 +162,11 @@ def _form(structure: Structure, terms: Sequence[Term]) -> tuple[Tensor, Tensor, 
 
 def reachable_share(structure: Structure) -> float:
     """The share of the dense model's MACs that lie in operations with at least one gated axis."""
-    dense = reached = structure.other_macs
-    reached = 0
+    open_units = structure.open_units(structure.dense())
+    dense, reached = structure.other_macs, 0
     for term in structure.macs:
         axes = [structure.axes[a] for a in term.axes]
-        macs = term.coefficient * math.prod(
-            a.fixed + sum(n * structure.groups[g].size for g, n in a.groups) for a in axes
-        )
+        macs = term.coefficient * math.prod(a.fixed + sum(n * int(open_units[g]) for g, n in a.groups) for a in axes)
         dense += macs
         reached += macs if any(a.groups for a in axes) else 0
     return reached / dense if dense else 0.0

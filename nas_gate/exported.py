@@ -111,10 +111,10 @@ def card(exported: Exported) -> str:
         [
             f"# {exported.name}, {exported.macs_ratio:.1%} of the dense MACs",
             "",
-            f"A smaller `{exported.name}`, found by nas-gate: trainable gates (arXiv 1904.10921) chose what of the "
-            "dense network stays, and the rest was removed. What remains is a plain network, without masks.",
+            f"A smaller `{exported.name}`, found by nas-gate: {_chooser(exported)} chose what of the dense network "
+            "stays, and the rest was removed. What remains is a plain network, without masks.",
             "",
-            f"Input: float32 of shape {_shape_text(exported)}, N free, prepared as the training data were.",
+            f"Input: float32 of shape {_shape_text(exported)}, N free, {_preparation(exported)}.",
             *_padding(exported),
             *(f"\n> **Warning:** {warning}." for warning in exported.warnings),
             *_figures(exported),
@@ -126,6 +126,25 @@ def card(exported: Exported) -> str:
             "",
         ]
     )
+
+
+def _chooser(exported: Exported) -> str:
+    method, settings = exported.figures.get("method"), exported.provenance.get("settings")
+    if method is None:
+        return "its maker"
+    if method != "gates":
+        return f"the baseline `{method}`"
+    gate = settings.get("gate", {}).get("name") if isinstance(settings, Mapping) else None
+    names = {None: "gates", "trainable": "trainable gates (arXiv 1904.10921)"}
+    return names.get(gate, f"`{gate}` gates")
+
+
+def _preparation(exported: Exported) -> str:
+    normalisation = exported.provenance.get("normalisation")
+    if not isinstance(normalisation, Mapping):
+        return "prepared as the training data were"
+    mean, std = ([float(f"{x:.6g}") for x in normalisation[name]] for name in ("mean", "std"))
+    return f"normalised by channel as (x - mean) / std with mean {mean} and std {std} (images: x in 0 to 255)"
 
 
 def _padding(exported: Exported) -> list[str]:

@@ -24,6 +24,7 @@ from nas_gate.gates import Gate, TrainableGate
 from nas_gate.latency_table import LatencyTable
 from nas_gate.modules import Choice, copied
 from nas_gate.structure import Norm, Structure
+from nas_gate.structure.trace import owner_of
 
 
 class Factors(nn.Module):
@@ -110,10 +111,15 @@ def _as_it_was(module: Any, args: Any, out: Any) -> Any:
 
 def normalize_over_all(module: Any) -> None:
     """Undo `normalize_over_kept`."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_stretched, _as_it_was)]:
-            del hooks[key]
+    remove_hooks(module, _stretched, _as_it_was)
     del module.kept, module.kept_norm
+
+
+def remove_hooks(module: nn.Module, *hooks: Any) -> None:
+    """Remove these from the module's forward hooks and pre-hooks."""
+    for present in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in present.items() if hook in hooks]:
+            del present[key]
 
 
 def normalizes_over_kept(module: nn.Module) -> bool:
@@ -121,13 +127,25 @@ def normalizes_over_kept(module: nn.Module) -> bool:
     return _stretched in module._forward_pre_hooks.values()
 
 
+def refuse_recomputing(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook of gated modules: RuntimeError in a backward pass, where weights are without their gates.
+
+    Activation checkpointing runs parts of a model again there.
+    """
+    # compiled code recomputes from the values that it began with
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"a gated model must not be run again in the backward pass, but a {type(module).__name__} is: its gates "
+            "are in place for the forward pass only. Turn off activation checkpointing (torch.utils.checkpoint)"
+        )
+
+
 def plain(model: nn.Module) -> nn.Module:
-    """The model as it was before gates; it shares all tensors with the one given."""
-    if not any(normalizes_over_kept(m) or (isinstance(m, Choice) and m.keep is not None) for m in model.modules()):
-        return model
+    """The model as it was before gates: a copy that shares all tensors with the one given."""
     tensors = [*model.parameters(), *model.buffers()]
     model = copied(model, {id(t): t for t in tensors})
     for module in model.modules():
+        remove_hooks(module, refuse_recomputing)
         if normalizes_over_kept(module):
             normalize_over_all(module)
         if isinstance(module, Choice):
@@ -246,6 +264,9 @@ class GatedModel(nn.Module):
         dense = structure.dense().to(device, torch.float32)
         for choice in structure.choices:
             choice_at(model, choice.path).keep = dense[list(choice.units)]
+        gated = {*map(owner_of, self.factors.names), *self.norms.paths, *(choice.path for choice in structure.choices)}
+        for path in sorted(gated):
+            model.get_submodule(path).register_forward_pre_hook(refuse_recomputing)
         for part in (self.cost, self.gates, self.factors, self.norms):
             part.to(device)
 

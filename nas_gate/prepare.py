@@ -26,9 +26,10 @@ from nas_gate.gating import GatedModel
 from nas_gate.landing import choose, reachable
 from nas_gate.latency import batch
 from nas_gate.measuring import identify, measure_latency
+from nas_gate.modules import Choice
 from nas_gate.settings import Plain, Settings
 from nas_gate.tasks import Task, make_task
-from nas_gate.training import Loader, compiled, connect, output_of, place, seed_everything
+from nas_gate.training import Hardware, Loader, compiled, connect, output_of, place, seed_everything
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ def prepare(settings: Settings, cache_dir: Path | None = None, console: Console 
         lowest = reachable(gated.structure, settings.metric, settings.round_to, latency=gated.cost.table)[0]
         decide(settings, gated, settings.legs()[-1].target)  # refuses what is out of reach
         try_task(task, dense, data)
-    train, validation, test = (
-        loader.to(fabric.device).shard(fabric.global_rank, fabric.world_size)
-        for loader in (data.train, data.validation, data.test)
-    )
+        check_strategy(settings.hardware, dense, fabric)
+        train, validation, test = (
+            loader.to(fabric.device).shard(fabric.global_rank, fabric.world_size)
+            for loader in (data.train, data.validation, data.test)
+        )
     return Prepared(
         fabric=fabric,
         task=task,
@@ -140,9 +142,26 @@ def task_of(settings: Settings) -> Task:
         return make_task(settings.task.name, **settings.task.arguments)
 
 
+def check_strategy(hardware: Hardware, model: nn.Module, fabric: Fabric) -> None:
+    """ValueError where processes would wait in vain for gradients: of a Choice's candidates one is trained a step."""
+    if fabric.world_size > 1 and "find_unused" not in hardware.strategy:
+        chosen = [name for name, module in model.named_modules() if isinstance(module, Choice)]
+        if chosen:
+            raise ValueError(
+                f"`hardware.strategy` must be ddp_find_unused_parameters_true where the model has a Choice, as "
+                f"{chosen[0]!r}, but got {hardware.strategy!r}"
+            )
+
+
 def try_task(task: Task, model: nn.Module, data: datasets.Data) -> None:
-    """Take loss and metric of two examples: ValueError where model, data and task do not fit together."""
+    """Take loss and metric of two examples: ValueError where model, data and task do not fit together.
+
+    Where targets are classes, two more have the highest one: a model of fewer classes would fail at any later batch.
+    """
     inputs, targets = (each[:2] for each in next(iter(data.validation)))
+    if data.num_classes is not None:
+        highest = torch.full_like(targets, data.num_classes - 1)
+        inputs, targets = torch.cat([inputs, inputs]), torch.cat([targets, highest])
     with torch.no_grad():
         outputs = output_of(model(inputs))
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -27,6 +28,7 @@ from nas_gate.structure import Structure
 from nas_gate.structure.graph import found_in
 from nas_gate.structure.sizes import Corrections, Needs, correct, first_run
 from nas_gate.structure.trace import (
+    gpus,
     macs_of,
     mode_of,
     output_tensors,
@@ -463,8 +465,8 @@ def try_cut(
             if training:
                 with mode_of(small, training=True), _blaming(small):
                     small(*args, **kwargs)
-            with closed(model, structure, keep):
-                error = relative_error(_seeded(model, args, kwargs), got)
+            with closed(model, structure, keep) as gated:
+                error = relative_error(_seeded(model, args, kwargs, gated), got)
             exact = None if error <= DOUBT else _exact_error(model, small, structure, keep, args, kwargs)
         if cut.zeros:  # code that is only run where layers may be fused looks into modules that have gone
             with torch.no_grad(), _blaming(small):
@@ -473,9 +475,14 @@ def try_cut(
     return Trial(small, replace(cut, corrections=corrections), error, exact, macs, params)
 
 
-def _seeded(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    torch.manual_seed(0)
-    return model(*args, **kwargs)
+def _seeded(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], call: Callable[..., Any] | None = None
+) -> Any:
+    """What the model gives, or `call` in its place, from the same random state every time."""
+    # not torch.manual_seed, which would also seed devices whose state nobody gives back
+    for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in gpus(model))):
+        generator.manual_seed(0)
+    return (call or model)(*args, **kwargs)
 
 
 def _exact_error(
@@ -499,8 +506,8 @@ def _exact_error(
         try:
             with narrow:
                 got = _seeded(small, args, kwargs)
-            with closed(model, structure, keep):
-                expected = _seeded(model, args, kwargs)
+            with closed(model, structure, keep) as gated:
+                expected = _seeded(model, args, kwargs, gated)
         except RuntimeError:  # operands of two precisions: the model makes tensors of its own
             return None
         error = relative_error(expected, got)
@@ -536,12 +543,15 @@ class _Narrow(TorchDispatchMode):
 
 
 @contextmanager
-def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[None]:
-    """Let the model compute what its gated self does for a boolean keep, shape (units,), for a while."""
+def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Callable[..., Any]]:
+    """What the model's gated self computes for a boolean keep, shape (units,), to be called like the model.
+
+    Weights are replaced as in training, so that a module which reads its own in another way shows.
+    """
     own = tensors_of(model)
     kept = np.append(keep.cpu().numpy(), True)  # -1, the last entry: slots without a gate
     weights: dict[str, Tensor] = {}
-    inputs = _ClosedInputs()
+    columns: dict[str, Tensor] = {}
     norms = [(model.get_submodule(n.path), n, torch.from_numpy(kept[n.units])) for n in structure.norms]
     choices = [(choice_at(model, c.path), torch.from_numpy(kept[list(c.units)]).float()) for c in structure.choices]
     rows = {(n.standardizes, n.dim) for n in structure.norms}
@@ -549,7 +559,7 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
         weight = weights.get(gate.tensor, own[gate.tensor].data)
         mask = torch.from_numpy(kept[gate.units]).to(weight)
         if gate.dim == 1 and weight.numel() > WIDE and type(model.get_submodule(owner_of(gate.tensor))) is nn.Linear:
-            inputs.masks[id(own[gate.tensor])] = mask
+            columns[gate.tensor] = mask
             continue
         mask = mask.reshape([-1 if d == gate.dim else 1 for d in range(weight.dim())])
         by_row = (gate.tensor, gate.dim) in rows
@@ -558,9 +568,9 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
     for name, scale in scales.items():
         weight = weights.get(name, own[name].data)
         weights[name] = weight * scale.to(weight)
+    inputs = _ClosedInputs({id(weights.get(name, own[name])): mask for name, mask in columns.items()})
     like = next((t for t in own.values() if t.is_floating_point()), torch.zeros(()))
     with ExitStack() as exits:
-        exits.enter_context(_holding(model, weights))
         for choice, open_ in choices:
             exits.callback(setattr, choice, "keep", choice.keep)
             choice.keep = open_.to(like.device)
@@ -570,7 +580,7 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Non
         if inputs.masks:
             exits.callback(inputs.restore)
             exits.enter_context(inputs)
-        yield
+        yield lambda *args, **kwargs: functional_call(model, weights, args, kwargs)
 
 
 class _ClosedInputs(TorchFunctionMode):
@@ -579,9 +589,9 @@ class _ClosedInputs(TorchFunctionMode):
     With k the mask, x (W diag(k))^T = (x diag(k)) W^T. A weight that any other function takes is masked after all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, masks: dict[int, Tensor]) -> None:
         super().__init__()
-        self.masks: dict[int, Tensor] = {}
+        self.masks = masks
         """By the identity of the weight, of shape (columns,)."""
         self._before: list[tuple[Tensor, Tensor]] = []
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nas_gate.cost import MEASURED, METRICS
+from nas_gate.settings import with_added
 
 Plain = Mapping[str, Any]
 Compose = Callable[[Sequence[str]], Plain]
@@ -67,10 +68,8 @@ def command(settings: Plain, known: Shipped) -> str:
 def configuration_of(settings: Plain) -> dict[str, Any]:
     """The part of the configuration that settings came from: the reverse of what the command line makes of it."""
     try:
+        settings = with_added(settings)
         return {
-            # settings leave these defaults out
-            "task": {"name": "classification", "arguments": {}},
-            "weights": None,
             **{key: value for key, value in settings.items() if key not in TRAINING},
             "data": {"name": settings["data"]["name"], **settings["data"]["arguments"]},
             "training": {key: settings[key] for key in TRAINING},

@@ -18,6 +18,8 @@ over the whole cycle.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -234,7 +236,8 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
     """Train `prepared.dense`, or take its weights from the cache; the file there is the fit's checkpoint.
 
     Two processes that want the same weights train them once: the second waits (where the file system has
-    locks; elsewhere both train, to the same result).
+    locks; elsewhere both train, to the same result). A network or task of one's own is the same as long as the file
+    that defines it is.
     """
     key = {
         "model": settings.model.name,
@@ -248,6 +251,10 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
     }
     if settings.hardware.compile is not None:
         key["compile"] = settings.hardware.compile
+    own = {named.name: source_of(named.name) for named in (settings.model, settings.task) if ":" in named.name}
+    if own:
+        shapes = {name: tuple(tensor.shape) for name, tensor in prepared.dense.state_dict().items()}
+        key["code"] = own | {"network": f"{prepared.dense} {shapes}"}
     if settings.weights is not None:
         key["weights"] = hashlib.sha256(Path(settings.weights).read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -272,6 +279,12 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
             console=console,
             label="dense",
         )
+
+
+def source_of(path: str) -> str:
+    """A digest of the file that an import path, "package.module:factory", leads to; nothing where there is none."""
+    file = inspect.getsourcefile(importlib.import_module(path.partition(":")[0]))
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def train_gated(trial: Trial, leg: Leg) -> list[Epoch]:
@@ -349,5 +362,6 @@ def _save(settings: Settings, prepared: Prepared, removed: Removed, result: Plai
             "seed": settings.seed,
             "versions": versions(),
             "input_shape": [prepared.data.in_channels, *prepared.data.image_size],
+            "normalisation": {"mean": list(prepared.data.mean), "std": list(prepared.data.std)},
         },
     )

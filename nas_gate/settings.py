@@ -194,6 +194,18 @@ def without_added(plain: Plain, within: str = "") -> dict[str, Any]:
     }
 
 
+def with_added(plain: Plain) -> dict[str, Any]:
+    """The reverse of `without_added`: settings with all that it leaves out."""
+    whole = dict(plain)
+    for key, default in ADDED.items():
+        outer, _, inner = key.rpartition(".")
+        if not outer:
+            whole.setdefault(key, default)
+        elif outer in whole:
+            whole[outer] = {inner: default, **whole[outer]}
+    return whole
+
+
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     return {name: version(name) for name in ("nas-gate", "torch", "torchvision")}

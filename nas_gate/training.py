@@ -24,12 +24,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from nas_gate.errors import Diverged
+from nas_gate.errors import Diverged, Refused
 from nas_gate.files import replacing
 from nas_gate.tasks import CLASSIFICATION, Metric, Objective, Task
 
 Schedule = Callable[[float], float]
 """Epochs done, fractions included -> factor on every optimiser's own learning rate."""
+
+PRECISIONS = ("32-true", "bf16-mixed")
+"""Of computing; weights are float32 in both. Mixed float16 would need one scale for two optimisers' gradients, whose
+update Lightning Fabric leaves to each of them."""
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """Modes of `torch.compile`."""
@@ -101,8 +105,9 @@ class Epoch:
 class Hardware:
     """Where and how to compute; the first four fields are Lightning Fabric's own arguments.
 
-    `compile` is a mode of `torch.compile`, one of COMPILE_MODES, in which networks are trained; None trains them as
-    they are. ValueError for any other.
+    `accelerator` "auto" is a GPU by CUDA where there is one, else the processor. `compile` is a mode of
+    `torch.compile`, one of COMPILE_MODES, in which networks are trained; None trains them as they are. ValueError for
+    any other mode or precision, and for Apple's MPS, which lacks float64.
     """
 
     accelerator: str = "auto"
@@ -113,14 +118,19 @@ class Hardware:
     compile: str | None = None
 
     def __post_init__(self) -> None:
+        require(self.accelerator != "mps", "`accelerator` must have float64, in which costs are exact", "mps")
+        require(self.precision in PRECISIONS, f"`precision` must be one of {PRECISIONS}", self.precision)
         known = self.compile is None or self.compile in COMPILE_MODES
         require(known, f"`compile` must be null or one of {COMPILE_MODES}", self.compile)
 
 
 def connect(hardware: Hardware) -> Fabric:
     """The launched Fabric of `hardware`; what Fabric does not know it refuses with an error of its own."""
+    accelerator = hardware.accelerator
+    if accelerator == "auto":  # Fabric's own choice would be MPS on a Mac
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     fabric = Fabric(
-        accelerator=hardware.accelerator,
+        accelerator=accelerator,
         devices=hardware.devices,
         strategy=hardware.strategy,
         precision=hardware.precision,  # type: ignore[arg-type]  # checked by Fabric, with the list
@@ -137,7 +147,10 @@ def place(module: nn.Module, fabric: Fabric, *, channels_last: bool = False) -> 
     module.to(fabric.device)
     if channels_last:  # convolutions follow their weight's format, so that inputs need no conversion
         unsafe = fabric.device.type == "cpu" and any(map(_miscomputed, module.modules()))
-        module.to(memory_format=torch.contiguous_format if unsafe else torch.channels_last)
+        layout = torch.contiguous_format if unsafe else torch.channels_last
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=layout)
     return module
 
 
@@ -302,13 +315,13 @@ def output_of(returned: Any) -> Tensor:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """What `fit` last stored at `path`, on the CPU; None where there is no file. ValueError if unreadable."""
+    """What `fit` last stored at `path`, on the CPU; None where there is no file. Refused if unreadable."""
     if not path.exists():
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
+        raise Refused(
             f"The checkpoint {path} cannot be read ({type(error).__name__}); delete it to start the stage anew."
         ) from error
     return state
@@ -352,12 +365,16 @@ def fit(
     Training steps run as `compiled` makes them in `compile_mode`; validation runs `module` itself.
     `after_epoch` is called with each new epoch once that is stored; what it raises ends the training.
 
-    Raises Diverged when loss or weights are no longer finite: nothing of that epoch is stored.
+    Raises Diverged when loss or weights are no longer finite: nothing of that epoch is stored. Refused for a
+    checkpoint that cannot be read or is another network's.
     """
     history: list[Epoch] = []
     stored = read_checkpoint(checkpoint) if checkpoint is not None else None
     if stored is not None:
-        module.load_state_dict(stored["module"])
+        try:
+            module.load_state_dict(stored["module"])
+        except RuntimeError as error:
+            raise Refused(f"{checkpoint} holds another network; delete it to start the stage anew. {error}") from error
         history = history_of(stored)
     wrapped, *stepped = fabric.setup(compiled(module, compile_mode, fabric), *optimisers)
     if stored is not None:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -93,6 +94,16 @@ def test_cost_of_counts_of_open_units(structure: Structure) -> None:
     counts = torch.tensor([2.0, 7.0], dtype=torch.float64)
     assert float(CostModel(structure).of_counts(counts)) == small_macs(2, 7)
     assert float(CostModel(structure).of_counts(counts, "params")) == small_params(2, 7)
+
+
+@pytest.mark.parametrize("cast", [nn.Module.float, nn.Module.half, nn.Module.bfloat16])
+def test_a_cast_of_the_network_leaves_the_cost_exact(cast: Callable[[nn.Module], nn.Module]) -> None:
+    gated = cast(nas_gate.attach(models.build("resnet20"), torch.randn(1, 3, 32, 32)))
+    wide = CostModel(gated.structure)
+    keep = torch.rand(gated.structure.units, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert float(gated.cost(keep)) == float(wide(keep)) > 2**11  # what float16 can count to
+    assert float(nas_gate.penalty(gated, target=0.5).detach()) == pytest.approx(0.25)
+    assert gated.cost.total() == wide.total()
 
 
 def test_macs_are_those_of_the_example_batch() -> None:

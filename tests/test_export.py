@@ -483,6 +483,24 @@ def test_what_is_not_recorded_is_left_out(recorded: Exported):
     assert "## Files" in text
 
 
+@pytest.mark.parametrize(
+    ("method", "gate", "chooser"),
+    [
+        ("gates", "trainable", "trainable gates (arXiv 1904.10921) chose"),
+        ("gates", "gumbel", "`gumbel` gates chose"),
+        ("uniform", "trainable", "the baseline `uniform` chose"),
+    ],
+)
+def test_the_card_says_who_chose(recorded: Exported, method: str, gate: str, chooser: str):
+    made = replace(recorded, figures={"method": method}, provenance={"settings": {"gate": {"name": gate}}})
+    assert f"found by nas-gate: {chooser} what of the dense network stays" in card(made)
+
+
+def test_the_card_says_how_inputs_are_prepared(recorded: Exported):
+    made = replace(recorded, provenance={"normalisation": {"mean": [125.30691, 1], "std": [62.5, 2.0]}})
+    assert "normalised by channel as (x - mean) / std with mean [125.307, 1.0] and std [62.5, 2.0]" in card(made)
+
+
 def test_the_card_of_another_task(recorded: Exported):
     quality = {"name": "mean_error", "higher_is_better": False, "shown": ".3f"}
     figures = {"task_metric": quality, "mean_error": 0.25, "dense_mean_error": 0.2, "test_mean_error": 0.3}

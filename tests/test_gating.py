@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import nas_gate
 from nas_gate import GatedModel, Lagrangian, landing, models, penalty
@@ -413,6 +415,35 @@ def test_differentiates_ahead_of_time() -> None:
 @needs_compiler
 def test_compiles_with_inductor() -> None:
     compiled_equals_eager(fullgraph=True)
+
+
+# --- activation checkpointing -------------------------------------------------------------------------------
+
+
+class Recomputed(nn.Module):
+    """Blocks whose activations are computed again in the backward pass."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.inner, self.reentrant = nn.Conv2d(3, WIDTH, 3), plain_net(), reentrant
+        self.inner[0] = nn.Conv2d(WIDTH, WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.relu(self.first(x))
+        if torch.is_grad_enabled():
+            return checkpoint(self.inner, hidden, use_reentrant=self.reentrant)
+        return self.inner(hidden)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputing_without_gates_is_refused(reentrant: bool) -> None:
+    """Backward, blocks would be run again with the weights of closed units."""
+    gated = attached(Recomputed(reentrant))
+    with pytest.raises(RuntimeError, match=r"run again in the backward pass, but a Conv2d is.*Turn off activation"):
+        gated(images()).square().mean().backward()
+    small = nas_gate.remove(gated, target=0.5)
+    small(images()).square().mean().backward()
+    assert all(p.grad is not None for p in small.parameters())
 
 
 # --- copies, state, processes -------------------------------------------------------------------------------

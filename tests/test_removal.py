@@ -1,6 +1,9 @@
 """Removal: a plain smaller model with everything mended, the input untouched, and a proof that fails loudly."""
 
 import copy
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -198,10 +201,56 @@ def test_a_closed_model_computes_what_the_gated_one_does(
     keep = half(gated.structure)
     gated.gates.weight.data = torch.where(keep, 1.0, -1.0)
     before = snapshot(model)
-    with torch.no_grad(), removal.plain_operations(), removal.closed(model, gated.structure, keep):
-        got = model(example)
+    with torch.no_grad(), removal.plain_operations(), removal.closed(model, gated.structure, keep) as closed:
+        got = closed(example)
     torch.testing.assert_close(got, gated(example).detach())
     assert unchanged(model, before)
+
+
+class Aliased(nn.Module):
+    """Reads a weight under a name that no replacement of parameters reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.weights = [self.last.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(torch.relu(self.first(x)), self.weights[0], self.last.bias)
+
+
+def test_a_weight_that_gates_do_not_reach_is_not_offered() -> None:
+    with pytest.raises(ValueError, match=r"at least one removable unit.*must compute what the gated one does"):
+        nas_gate.attach(Aliased(), torch.randn(1, 6))
+
+
+def test_precision_that_was_set_by_either_way_is_put_back() -> None:
+    """In processes of their own: PyTorch refuses to mix the two ways for good."""
+    script = """
+        import sys, torch, nas_gate
+        from torch import backends, nn
+        exec(sys.argv[1])
+        parts = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)
+        before = [part.fp32_precision for part in parts]
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        assert len(nas_gate.remove(nas_gate.attach(model, torch.randn(1, 6)), target=0.5)[0].weight) == 8
+        assert [part.fp32_precision for part in parts] == before
+        assert "tf32" in before
+    """
+    for setting in ("backends.fp32_precision = 'tf32'", "torch.set_float32_matmul_precision('high')"):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), setting], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_random_states_of_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    nas_gate.remove(nas_gate.attach(chain(), torch.randn(1, 3, 8, 8)), target=0.5)
+    assert seeded == []
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- types and attributes -----------------------------------------------------------------------------------

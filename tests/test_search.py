@@ -5,16 +5,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from conftest import needs_compiler
+from lightning_fabric import Fabric
 from rich.console import Console
 from torch import nn
 
 import nas_gate
-from nas_gate import baselines, budgets, data, folders, landing, models, search, training
+from nas_gate import baselines, budgets, data, folders, landing, models, prepare, search, training
 from nas_gate.collect import collect
 from nas_gate.errors import Diverged, InUse, Refused
 from nas_gate.search import Gating, Named, Settings
@@ -502,6 +503,7 @@ def changed(**change: Any) -> Settings:
         (lambda: changed(model=Named("digits_cn")), "unknown model 'digits_cn'.*digits_cnn"),
         (lambda: changed(model=Named("digits_cnn", {"depth": 3})), "depth.*arguments are .*width"),
         (lambda: changed(weights="there/is/none.pt"), "no file of weights there/is/none.pt"),
+        (lambda: changed(model=Named("digits_cnn", {"num_classes": 9})), "task must fit .*Target 9 is out of bounds"),
         (lambda: changed(model=Named("test_search:Fixed")), "at least one removable unit"),
         (lambda: changed(data=Named("digit")), "no data set 'digit'; valid names: digits"),
         (lambda: changed(data=Named("digits", {"size": 3})), "takes no argument 'size'"),
@@ -541,6 +543,34 @@ def test_begins_with_the_weights_of_a_file(whole: tuple[Path, dict[str, Any], st
     again = run(tmp_path, settings)
     assert again["dense_accuracy"] == result["dense_accuracy"]
     assert same_weights(str(folder / "run/candidate"), str(tmp_path / "run/candidate"))
+
+
+def test_the_cache_knows_the_code_of_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another function under the same name, file by file: its weights are other ones."""
+    code = tmp_path / "edited.py"
+    code.write_text(
+        "from torch import nn\n"
+        "def net(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = []
+    monkeypatch.setattr(search, "fit", lambda *a, **k: names.append(k["checkpoint"].parent.name))
+    settings = replace(TINY, model=Named("edited:net"))
+    prepared = search.prepare(settings)
+    for _ in range(2):
+        search.train_dense(settings, prepared, tmp_path)
+    code.write_text(code.read_text().replace("ReLU", "Tanh"))
+    search.train_dense(settings, prepared, tmp_path)
+    assert names[0] == names[1] != names[2]
+
+
+def test_processes_would_wait_for_the_candidates_of_a_choice():
+    model, fabric = models.build("cifar_supernet"), cast(Fabric, SimpleNamespace(world_size=2))
+    with pytest.raises(ValueError, match=r"must be ddp_find_unused_parameters_true .* Choice, as .*, but got 'ddp'"):
+        prepare.check_strategy(Hardware(strategy="ddp"), model, fabric)
+    prepare.check_strategy(Hardware(strategy="ddp_find_unused_parameters_true"), model, fabric)
+    prepare.check_strategy(Hardware(strategy="ddp"), models.build("resnet20"), fabric)
 
 
 def test_the_cache_knows_the_weights_by_their_content(tmp_path: Path):

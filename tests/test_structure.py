@@ -1760,6 +1760,14 @@ def test_reasons_are_shown():
     assert data["units"] == 6
 
 
+def test_reachable_share_counts_the_first_candidate_of_a_choice():
+    choice = nas_gate.Choice([nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 3, padding=1)])
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Softmax(1), choice)
+    out_of_reach, first = 3 * 3 * 25, 3 * 2 * 25
+    share = nas_gate.reachable_share(nas_gate.analyze(model, torch.randn(1, 3, 5, 5)))
+    assert share == first / (out_of_reach + first)
+
+
 def test_reachable_share_by_hand():
     """Places 8 x 8: conv a has 64 * 3 * 8 * 9 MACs, b 64 * 8 * 6 * 9, the head 6 * 5; rolled, only b and head vary."""
     a, b, h = 2 * 64 * 3 * 8 * 9, 2 * 64 * 8 * 6 * 9, 2 * 6 * 5  # a batch of two images

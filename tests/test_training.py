@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nas_gate import tasks, training
 from nas_gate.data.loaders import TensorLoader
-from nas_gate.errors import Diverged
+from nas_gate.errors import Diverged, Refused
 from nas_gate.training import Hardware, Recipe, connect, fit
 
 CPU = Hardware(accelerator="cpu", channels_last=False)
@@ -309,8 +309,14 @@ def test_interrupt_leaves_the_checkpoint_intact(tmp_path: Path):
 
 def test_a_damaged_checkpoint_is_a_clear_error(tmp_path: Path):
     (tmp_path / "c.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match=r"checkpoint .*c\.pt cannot be read .*; delete it"):
+    with pytest.raises(Refused, match=r"checkpoint .*c\.pt cannot be read .*; delete it"):
         train(network(), tmp_path / "c.pt")
+
+
+def test_a_checkpoint_of_another_network_is_a_clear_error(tmp_path: Path):
+    train(network(), tmp_path / "c.pt")
+    with pytest.raises(Refused, match=r"c\.pt holds another network; delete it to start the stage anew"):
+        train(network(norm=False), tmp_path / "c.pt")
 
 
 def test_bf16_autocast_trains_and_stores_float32(tmp_path: Path):
@@ -372,6 +378,22 @@ def test_a_compiled_network_trains_to_the_same_weights(tmp_path: Path):
     assert [epoch.epoch for epoch in history] == [0, 1, 2, 3]
     for (name, mine), theirs in zip(fast.state_dict().items(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_weights_of_five_dimensions_keep_their_layout():
+    module = training.place(nn.Sequential(nn.Conv3d(2, 4, 3), nn.Conv2d(4, 4, 3)), connect(CPU), channels_last=True)
+    assert module[0].weight.is_contiguous()
+    assert module[1].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("field", "value"), [("accelerator", "mps"), ("precision", "16-mixed")])
+def test_what_cannot_be_exact_is_refused(field: str, value: str):
+    with pytest.raises(ValueError, match=rf"`{field}` must .*, but got '{value}'"):
+        Hardware(**{field: value})
+
+
+def test_the_accelerator_is_cuda_or_the_processor():
+    assert connect(Hardware()).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_an_unknown_mode_of_the_compiler_is_refused():

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,6 +34,8 @@ class Data:
         num_classes: labels are 0 .. num_classes - 1; None where targets are no classes.
         in_channels: channels of an image.
         image_size: (h, w), pixels.
+        mean: per channel; batches are (x - mean) / std with x as the set holds it, for images 0 to 255.
+        std: per channel.
         name: as in `NAMES`.
         sizes: images in "train", "validation" and "test".
         fingerprint: 16 hex digits that change with anything that the batches depend on: contents (of streamed
@@ -46,6 +48,8 @@ class Data:
     num_classes: int | None
     in_channels: int
     image_size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
     name: str
     sizes: Mapping[str, int]
     fingerprint: str
@@ -198,6 +202,8 @@ def _in_memory(
         num_classes=arrays.num_classes,
         in_channels=x.shape[1],
         image_size=train.image_size,
+        mean=mean,
+        std=std,
         name=name,
         sizes={"train": len(rest), "validation": len(held), "test": len(arrays.y_test)},
         fingerprint=_fingerprint(
@@ -253,6 +259,8 @@ def _streamed(
         num_classes=folders.num_classes,
         in_channels=3,
         image_size=(side, side),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
         name=name,
         sizes={"train": len(rest), "validation": len(held), "test": len(folders.test)},
         fingerprint=_fingerprint((*settings, folders.num_classes), repr(listing).encode()),

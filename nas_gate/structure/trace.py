@@ -445,14 +445,19 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Give buffers and the random state back as they were."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = list({b.device for b in model.parameters() if b.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=gpus(model)):
         try:
             yield
         finally:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+
+
+def gpus(model: nn.Module) -> list[int]:
+    """Indices of the CUDA devices that the model's tensors lie on."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sorted({t.device.index for t in tensors if t.device.type == "cuda"})
 
 
 @contextmanager
@@ -469,22 +474,36 @@ def all_candidates(model: nn.Module) -> Iterator[None]:
             choice.keep = keep
 
 
+# not by the older flags, such as allow_tf32: PyTorch refuses to read them once anybody has set one of these
+_FLOAT32: tuple[Any, ...] = tuple(
+    getattr(backend, kind)
+    for backend, kinds in (
+        (torch.backends.cuda, ("matmul",)),
+        (torch.backends.cudnn, ("conv", "rnn")),
+        (torch.backends.mkldnn, ("matmul", "conv", "rnn")),
+    )
+    for kind in kinds
+)
+
+
 @contextmanager
 def plain_operations() -> Iterator[None]:
     """No gradients, no fused attention: what runs are the operations that the rules know and that are counted.
 
-    Full float32 precision on a GPU, too, where TF32 would hide small errors and make up others.
+    Full float32 precision everywhere: TF32 and bfloat16 would hide small errors and make up others.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    precisions = [part.fp32_precision for part in _FLOAT32]
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for part in _FLOAT32:
+        part.fp32_precision = "ieee"
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        for part, precision in zip(_FLOAT32, precisions):
+            part.fp32_precision = precision
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
