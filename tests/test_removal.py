@@ -246,9 +246,10 @@ def test_precision_that_was_set_by_either_way_is_put_back() -> None:
 
 def test_random_states_of_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seeded: list[int] = []
+    model, example = chain(), torch.randn(1, 3, 8, 8)  # which take from them
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     before = torch.get_rng_state()
-    nas_gate.remove(nas_gate.attach(chain(), torch.randn(1, 3, 8, 8)), target=0.5)
+    nas_gate.remove(nas_gate.attach(model, example), target=0.5)
     assert seeded == []
     assert torch.equal(torch.get_rng_state(), before)
 
