@@ -127,7 +127,7 @@ class _Attempt:
         chosen = {group.start for group in groups if group.kind == CHOICE}
         for choice in self.structure.choices:
             if chosen & set(choice.units):
-                keep[list(choice.units)] = torch.tensor([unit in chosen for unit in choice.units])
+                keep[list(choice.units)] = torch.tensor([unit in chosen for unit in choice.units], device="cpu")
         for group in groups:
             if group.kind == CHOICE:
                 continue

@@ -149,14 +149,14 @@ def _form(structure: Structure, terms: Sequence[Term]) -> tuple[Tensor, Tensor, 
         key = tuple(sorted(variable))
         merged[key] = merged.get(key, 0) + constant
     degree = max(1, max(len(k) for k in merged))
-    weights = torch.zeros(len(used) + 1, len(structure.groups), dtype=torch.float64)
-    fixed = torch.ones(len(used) + 1, dtype=torch.float64)
+    weights = torch.zeros(len(used) + 1, len(structure.groups), dtype=torch.float64, device="cpu")
+    fixed = torch.ones(len(used) + 1, dtype=torch.float64, device="cpu")
     for axis, row in used.items():
         fixed[row] = structure.axes[axis].fixed
         for group, count in structure.axes[axis].groups:
             weights[row, group] = count
-    axes = torch.tensor([[*k, *[0] * (degree - len(k))] for k in merged], dtype=torch.int64)
-    coefficient = torch.tensor(list(merged.values()), dtype=torch.float64)
+    axes = torch.tensor([[*k, *[0] * (degree - len(k))] for k in merged], dtype=torch.int64, device="cpu")
+    coefficient = torch.tensor(list(merged.values()), dtype=torch.float64, device="cpu")
     return weights, fixed, coefficient, axes.t().contiguous()
 
 

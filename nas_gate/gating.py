@@ -50,7 +50,9 @@ class Factors(nn.Module):
             self._shapes.append((gate.tensor, [n if d == gate.dim else 1 for d, n in enumerate(shape)], by_row))
         self._sizes = sizes
         self.names = list(dict.fromkeys(name for name, *_ in self._shapes))
-        self.register_buffer("_index", torch.cat(index) if index else torch.zeros(0, dtype=torch.int64), False)
+        self.register_buffer(
+            "_index", torch.cat(index) if index else torch.zeros(0, dtype=torch.int64, device="cpu"), False
+        )
 
     def forward(self, tensors: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
         """The gated ones among `tensors` (by name), multiplied by their factors; see `standardized` for some."""
@@ -197,7 +199,7 @@ class Gates(nn.Module):
         if minimum < 1 or round_to < 1:
             raise ValueError(f"`minimum >= 1` and `round_to >= 1` must hold, but got {minimum=}, {round_to=}")
         self.function = function
-        self.weight = nn.Parameter(torch.full((structure.units,), float(function.initial)))
+        self.weight = nn.Parameter(torch.full((structure.units,), float(function.initial), device="cpu"))
         for name, values in zip(("_set", "_start", "_least", "_most"), structure.rivals()):
             self.register_buffer(name, torch.from_numpy(values), persistent=False)
         self._least = torch.where(self._least > 0, self._least.clamp(min=minimum), 0).minimum(self._most)

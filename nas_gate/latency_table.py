@@ -114,7 +114,7 @@ class LatencyModel(nn.Module):
         arrays = {"fixed": fixed, "weights": weights, "points": points, "ms": ms, "needs": needs}
         for name, array in arrays.items():
             self.register_buffer(f"_{name}", torch.from_numpy(array), persistent=False)
-        whole = torch.tensor(list(table.groups.values()), dtype=torch.float64)
+        whole = torch.tensor(list(table.groups.values()), dtype=torch.float64, device="cpu")
         thin = torch.ones_like(whole)
         whole[list(table.absent)] = thin[list(table.absent)] = 0
         runs = self._runs(whole)  # the same ones in both

@@ -177,7 +177,7 @@ def _known(path: Path | None, identity: Mapping[str, Any]) -> LatencyTable | dic
 
 
 def _thinnest(structure: Structure) -> Tensor:
-    keep = torch.zeros(structure.units, dtype=torch.bool)
+    keep = torch.zeros(structure.units, dtype=torch.bool, device="cpu")
     for g in structure.groups:
         keep[g.start : g.start + max(g.least, 1)] = True
     return keep & structure.dense()

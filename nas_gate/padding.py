@@ -54,7 +54,7 @@ def keep_of(structure: Structure, cut: Cut) -> Tensor:
             keep[closed[closed >= 0]] = False
     for choice in structure.choices:
         if choice.path in cut.choices:
-            keep[list(choice.units)] = torch.arange(len(choice.units)) == cut.choices[choice.path]
+            keep[list(choice.units)] = torch.arange(len(choice.units), device="cpu") == cut.choices[choice.path]
     rivals = {unit for choice in structure.choices for unit in choice.units}
     for part in structure.parts:
         if part.unit not in rivals:
@@ -73,7 +73,7 @@ def _take_up(dense: nn.Module, network: nn.Module, structure: Structure, cut: Cu
             new = renamed(cut, name)
             if new in state:
                 slots = cut.slots.get(name, {})
-                places = [torch.tensor(slots.get(d, range(n))) for d, n in enumerate(tensor.shape)]
+                places = [torch.tensor(slots.get(d, range(n)), device="cpu") for d, n in enumerate(tensor.shape)]
                 tensor[torch.meshgrid(*places, indexing="ij") if places else ()] = state[new].to(tensor)
         tensors = tensors_of(dense)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

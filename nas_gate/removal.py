@@ -383,7 +383,7 @@ def informative(model: nn.Module) -> dict[str, Tensor]:
         value = tensor.detach()
         first = value.flatten()[0]
         if bool((value.flatten()[:8] == first).all()) and bool((value == first).all()):
-            noise = torch.rand(tensor.shape, generator=generator).to(value)
+            noise = torch.rand(tensor.shape, generator=generator, device="cpu").to(value)
             scale = float(first)
             result[name] = scale * (0.5 + noise) if abs(scale) > 1e-2 else 0.6 * noise - 0.3
     return result
@@ -569,7 +569,7 @@ def closed(model: nn.Module, structure: Structure, keep: Tensor) -> Iterator[Cal
         weight = weights.get(name, own[name].data)
         weights[name] = weight * scale.to(weight)
     inputs = _ClosedInputs({id(weights.get(name, own[name])): mask for name, mask in columns.items()})
-    like = next((t for t in own.values() if t.is_floating_point()), torch.zeros(()))
+    like = next((t for t in own.values() if t.is_floating_point()), torch.zeros((), device="cpu"))
     with ExitStack() as exits:
         for choice, open_ in choices:
             exits.callback(setattr, choice, "keep", choice.keep)

@@ -244,6 +244,18 @@ def test_precision_that_was_set_by_either_way_is_put_back() -> None:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", ["densenet40", "cifar_supernet"])
+def test_tensors_of_ours_do_not_follow_the_default_device(name: str) -> None:
+    """As where torch.set_default_device("cuda") holds, and the model is still on the processor."""
+    model, example = models.build(name).eval(), torch.randn(1, 3, 16, 16)
+    with torch.device("meta"):
+        gated = nas_gate.attach(model, example, depth=True)
+        nas_gate.spread_gates(gated)
+        nas_gate.penalty(gated, target=0.5).backward()
+        removed = nas_gate.remove_with_proof(gated, nas_gate.land(gated, target=0.6))
+    assert removed.macs <= 0.6 * gated.cost.total()
+
+
 def test_random_states_of_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seeded: list[int] = []
     model, example = chain(), torch.randn(1, 3, 8, 8)  # which take from them

@@ -348,7 +348,7 @@ def cat(call: Call, values: Sequence[Value], dim: int) -> Tracks:
             parts = []
             for value, t in zip(values, row):
                 shape = [value.shape[d] if d == dim or d in kind else 1 for d in range(rank)]
-                labels = torch.full([1] * rank, NONE) if t is None else t.labels
+                labels = torch.full([1] * rank, NONE, device="cpu") if t is None else t.labels
                 parts.append(labels.expand(shape))
             result.append(Track(lb.compress(torch.cat(parts, dim)), weight))
             continue
@@ -575,7 +575,7 @@ def _columns(call: Call, name: str, tracks: Tracks) -> Tracks:
     """The tracks of a parameter, or of a view of it, without those of its kernel's places, which are fixed."""
     kernel = [range(s.start, s.start + s.size) for s in call.findings.slots if s.name == name and s.dim > 1]
     for labels in kernel:
-        call.findings.fix(torch.tensor(labels), KERNEL)
+        call.findings.fix(torch.tensor(labels, device="cpu"), KERNEL)
     return tuple(t for t in tracks if not any(int(t.labels.max()) in labels for labels in kernel))
 
 

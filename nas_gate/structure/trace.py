@@ -183,7 +183,7 @@ class Findings:
         tracks = []
         for dim, size in enumerate(shape):
             if size > 1:
-                ids = torch.arange(self.count, self.count + size)
+                ids = torch.arange(self.count, self.count + size, device="cpu")
                 self.count += size
                 tracks.append(Track(ids.reshape([size if d == dim else 1 for d in range(len(shape))]), weight))
         return tuple(tracks)
@@ -191,7 +191,7 @@ class Findings:
     def switch(self) -> int:
         """The label of a new unit without slots; its gate is no weight's slots but whole weights."""
         self.count += 1
-        self.gated.append(torch.tensor([self.count - 1]))
+        self.gated.append(torch.tensor([self.count - 1], device="cpu"))
         return self.count - 1
 
     def fix(self, labels: Tensor, reason: str) -> None:
@@ -204,7 +204,7 @@ class Findings:
         """Declare that no slot of the parameters of the module at `path` can be removed."""
         for s in self.slots:
             if s.name.startswith(f"{path}.") or not path:
-                self.fix(torch.arange(s.start, s.start + s.size), reason)
+                self.fix(torch.arange(s.start, s.start + s.size, device="cpu"), reason)
 
     def equate(self, a: Tensor, b: Tensor, reason: str) -> None:
         """Declare that labels in the same place (after broadcasting) stand or fall together.
@@ -647,7 +647,9 @@ def trace(
     _complete_norms(findings, model)
     for slots in findings.slots:
         if slots.name not in used:
-            findings.fix(torch.arange(slots.start, slots.start + slots.size), "the example inputs do not reach it")
+            findings.fix(
+                torch.arange(slots.start, slots.start + slots.size, device="cpu"), "the example inputs do not reach it"
+            )
     return findings
 
 

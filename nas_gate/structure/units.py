@@ -195,7 +195,7 @@ class Structure:
 
     def dense(self) -> Tensor:
         """The keep of the model as it was given, shape (units,): everything, and of every choice the first."""
-        keep = torch.ones(self.units, dtype=torch.bool)
+        keep = torch.ones(self.units, dtype=torch.bool, device="cpu")
         for choice in self.choices:
             keep[list(choice.units[1:])] = False
         return keep
@@ -422,7 +422,7 @@ class _Axes:
 
     def lonely(self) -> list[Tensor]:
         """Labels of units that are alone in their group: one must stay open, so nothing can be chosen."""
-        return [torch.tensor([int(self.labels[m[0]])]) for m in self.kinds if len(m) == 1]
+        return [torch.tensor([int(self.labels[m[0]])], device="cpu") for m in self.kinds if len(m) == 1]
 
     def axis(self, index: int) -> Axis:
         """One axis as counts."""
