@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -210,12 +209,13 @@ def register_resolvers() -> None:
     """
     from omegaconf import OmegaConf
 
+    from nas_gate import folders
     from nas_gate.settings import without_added
 
     def digest(*, _root_: DictConfig) -> str:
         whole: Any = OmegaConf.to_container(OmegaConf.masked_copy(_root_, list(SETTINGS)), resolve=True)
         whole["data"] = {key: value for key, value in whole["data"].items() if key not in PLACES}
-        return hashlib.sha256(json.dumps(without_added(whole), sort_keys=True).encode()).hexdigest()[:8]
+        return folders.digest(without_added(whole), 8)
 
     def shares(*, _root_: DictConfig) -> str:
         targets = _root_.target if _root_.targets is None else _root_.targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -77,6 +78,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Plain) -> None:
     """Write an object, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def digest(plain: Plain, digits: int) -> str:
+    """So many hexadecimal digits that follow from a mapping, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:digits]
 
 
 def file_name(name: str) -> str:

@@ -104,8 +104,7 @@ def combined(results: Mapping[str, Plain], metric: Metric) -> dict[str, Any]:
 def announce(settings: Settings, prepared: Prepared, console: Console) -> None:
     """Say what is about to be done."""
     cost, structure = prepared.gated.cost, prepared.gated.structure
-    targets = (settings.target,) if settings.targets is None else settings.targets
-    wanted = f"target{'s'[: len(targets) - 1]} {shares(targets)} {of(settings.metric)}"
+    wanted = f"target{'s'[: len(settings.wanted) - 1]} {shares(settings.wanted)} {of(settings.metric)}"
     limits = "".join(f", at most {limit} {of(metric)}" for metric, limit in settings.limits.items())
     _print(
         console,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from nas_gate import data as datasets
 from nas_gate.analysis import attach
 from nas_gate.budgets import Budget, make_budget
 from nas_gate.errors import Refused
-from nas_gate.folders import file_name, held
+from nas_gate.folders import digest, file_name, held
 from nas_gate.gates import make_gate
 from nas_gate.gating import GatedModel
 from nas_gate.landing import choose, reachable
@@ -121,9 +119,8 @@ def time_operations(
         if console is not None and done in (0, total // 2, total):
             console.print(f"latency: {what}: {done} of {total}", soft_wrap=True, highlight=False)
 
-    identity = json.dumps(identify(gated, (inputs,), threads), sort_keys=True)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    folder = cache_dir / f"latency-{file_name(settings.model.name)}-{digest}"
+    identity = digest(identify(gated, (inputs,), threads), 16)
+    folder = cache_dir / f"latency-{file_name(settings.model.name)}-{identity}"
     with held(folder, fabric, wait=True, console=console):
         if fabric.is_global_zero:
             measure_latency(gated, folder / "table.json", (inputs,), threads, tell)

@@ -18,9 +18,6 @@ over the whole cycle.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +33,8 @@ from nas_gate.analysis import remove_with_proof
 from nas_gate.baselines import spread_gates
 from nas_gate.budgets import GateController
 from nas_gate.cost import MEASURED
-from nas_gate.folders import file_name, held, read_json, refuse_other_settings, write_json
+from nas_gate.folders import digest, file_name, held, read_json, refuse_other_settings, write_json
+from nas_gate.import_paths import is_import_path, source_digest
 from nas_gate.measuring import fastest, on_processor
 from nas_gate.outcome import Stage, announce, announce_leg, combined, figures, named, report, tell
 from nas_gate.prepare import Prepared, decide, example_input, load_data, prepare, refusing, seeded_model, timed_input
@@ -251,14 +249,13 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
     }
     if settings.hardware.compile is not None:
         key["compile"] = settings.hardware.compile
-    own = {named.name: source_of(named.name) for named in (settings.model, settings.task) if ":" in named.name}
-    if own:
+    own = [named.name for named in (settings.model, settings.task) if is_import_path(named.name)]
+    if own:  # the network's modules, too: the file may take them from others
         shapes = {name: tuple(tensor.shape) for name, tensor in prepared.dense.state_dict().items()}
-        key["code"] = own | {"network": f"{prepared.dense} {shapes}"}
+        key["code"] = {**{name: source_digest(name) for name in own}, "network": f"{prepared.dense} {shapes}"}
     if settings.weights is not None:
         key["weights"] = hashlib.sha256(Path(settings.weights).read_bytes()).hexdigest()
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    folder = cache_dir / f"{file_name(settings.model.name)}-{file_name(settings.data.name)}-{digest}"
+    folder = cache_dir / f"{file_name(settings.model.name)}-{file_name(settings.data.name)}-{digest(key, 16)}"
     with held(folder, prepared.fabric, wait=True, console=console):
         if prepared.fabric.is_global_zero:
             write_json(folder / "dense.json", key)
@@ -279,12 +276,6 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
             console=console,
             label="dense",
         )
-
-
-def source_of(path: str) -> str:
-    """A digest of the file that an import path, "package.module:factory", leads to; nothing where there is none."""
-    file = inspect.getsourcefile(importlib.import_module(path.partition(":")[0]))
-    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def train_gated(trial: Trial, leg: Leg) -> list[Epoch]:

@@ -134,7 +134,7 @@ class Settings:
         require(self.method in METHODS, f"`method` must be one of {METHODS}", self.method)
         if self.targets is not None:
             self._check_targets(self.targets)
-        for target in (self.target,) if self.targets is None else self.targets:
+        for target in self.wanted:
             check_budgets(target, self.metric, self.limits)
         require(self.round_to >= 1, "`round_to >= 1` must hold", self.round_to)
         require(self.seed >= 0, "`seed >= 0` must hold", self.seed)
@@ -143,6 +143,11 @@ class Settings:
             f"`gating.epochs <= cycle.epochs` must hold with cycle.epochs={self.cycle.epochs}",
             self.gating.epochs,
         )
+
+    @property
+    def wanted(self) -> tuple[float, ...]:
+        """The target or the targets."""
+        return (self.target,) if self.targets is None else self.targets
 
     def _check_targets(self, targets: tuple[float, ...]) -> None:
         require(len(targets) > 0, "`targets` must hold at least one share of the dense cost", targets)
@@ -162,7 +167,7 @@ class Settings:
 
     def legs(self) -> tuple[Leg, ...]:
         """The way to each target in turn: the gated epochs are shared out equally."""
-        targets = (self.target,) if self.targets is None else self.targets
+        targets = self.wanted
         gated = self.gating.epochs if self.method == "gates" else 0
         ends = [gated * k // len(targets) for k in range(len(targets) + 1)]
         return tuple(Leg(*leg) for leg in zip((None, *targets), targets, ends, ends[1:]))

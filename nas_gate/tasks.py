@@ -6,7 +6,6 @@ are shipped; "package.module:factory" names one of your own, a callable that ret
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nas_gate.import_paths import imported, is_import_path
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(outputs (N, ...), inputs (N, ...), targets (N, ...)) -> scalar loss, a mean over the N examples."""
@@ -181,14 +182,10 @@ def make_task(name: str, **arguments: Any) -> Task:
         if arguments:
             raise TypeError(f"task {name!r} takes no arguments, but got {arguments}.")
         return TASKS[name]
-    if ":" not in name:
+    if not is_import_path(name):
         known = ", ".join(TASKS)
         raise ValueError(f'`task` must be one of {known}, or "package.module:factory", but got {name!r}.')
-    try:
-        factory = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ImportError(f"task {name!r} cannot be imported: {error}") from error
-    task = factory(**arguments)
+    task = imported(name, "task")(**arguments)
     if not isinstance(task, Task):
         raise TypeError(f"task {name!r}: the factory must return a Task, but returned {type(task)}")
     return task

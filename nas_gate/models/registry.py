@@ -1,7 +1,6 @@
 """The names of models and what they build; all but imported ones take `num_classes` and `in_channels`."""
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nas_gate.import_paths import imported, is_import_path
 from nas_gate.models import cifar, digits, imagenet, shapes
 
 Builder = Callable[..., nn.Module]
@@ -96,8 +96,8 @@ def natural_input(name: str, arguments: Mapping[str, Any]) -> tuple[int, int, in
 def _resolve(name: str) -> Builder:
     if name in BUILDERS:
         return BUILDERS[name]
-    if ":" in name:
-        return _import(name)
+    if is_import_path(name):
+        return imported(name, "model")
     close = difflib.get_close_matches(name, BUILDERS, n=5, cutoff=0.6)
     hint = f"close matches: {', '.join(close)}; " if close else ""
     raise ValueError(
@@ -111,28 +111,3 @@ def _signature(builder: Builder) -> inspect.Signature | None:
         return inspect.signature(builder)
     except ValueError:  # callables of extension modules may have none, and judge their arguments themselves
         return None
-
-
-def _import(path: str) -> Builder:
-    module_name, _, attributes = path.partition(":")
-    parts = attributes.split(".")
-    if not all(module_name.split(".")) or not all(parts):
-        raise ValueError(f'model {path!r}: an import path must read "package.module:factory"')
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ImportError(
-            f"model {path!r}: cannot import module {module_name!r} ({error}); "
-            "it must be installed, or its folder must be on PYTHONPATH"
-        ) from error
-    for index, part in enumerate(parts):
-        if not hasattr(found, part):
-            owner = ".".join([module_name, *parts[:index]])
-            close = difflib.get_close_matches(part, dir(found), n=3)
-            hint = f"; close matches: {', '.join(close)}" if close else ""
-            raise ImportError(f"model {path!r}: {owner!r} has no attribute {part!r}{hint}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise TypeError(f"model {path!r}: the factory must be callable, but is {type(found)}")
-    builder: Builder = found
-    return builder
