@@ -191,8 +191,8 @@ def test_a_task_of_ones_own(tmp_path: Path, values: list[str], monkeypatch: pyte
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["task=regression"], r"must fit the model's outputs \(2, 10\) and the targets \(2,\) of digits.* one shape"),
-        (["data=shapes"], r"model's outputs \(2, 4\) and the targets \(2, 32, 32\) of shapes"),
+        (["task=regression"], r"must fit the model's outputs \(4, 10\) and the targets \(4,\) of digits.* one shape"),
+        (["data=shapes"], r"model's outputs \(4, 4\) and the targets \(4, 32, 32\) of shapes"),
         (["+task.arguments.classes=3"], "takes no arguments"),
         (["task=custom", "task.name=test_tasks:nothing"], "has no attribute 'nothing'"),
     ],
