@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ Begin with
   nas-gate search experiment=debug        every stage in seconds
   nas-gate inspect model=torchvision model.name=resnet18
 
-`nas-gate search --help` and `nas-gate inspect --help` list models, data sets and every option; so does --help
-after every other command.
+`nas-gate search --help` lists models, data sets and every option of a search, which `nas-gate inspect` takes, too;
+--help after the other commands lists theirs.
 `nas-gate --version` prints the version.
 """
 
@@ -327,11 +327,15 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
 
     allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for kind in allowed:
+        if kind is NoneType:
+            if value is None:
+                return None
+            continue
         if kind is float and type(value) in (int, float):
             return float(value)
         if kind not in (int, float, str, bool) or type(value) is kind:
             return value
-    names = " or ".join(kind.__name__ for kind in allowed)
+    names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in allowed)
     raise Refused(f"`{path}` must be {names}, but is {value!r}.")
 
 
@@ -361,7 +365,9 @@ def _inspect(arguments: Sequence[str]) -> None:
     settings = settings_of(composed(options.overrides, options.config_dir))
     with refusing():
         natural = models.natural_input(settings.model.name, settings.model.arguments)
-        if options.input is None and natural and not any(o.lstrip("+").startswith("data") for o in options.overrides):
+        named = any(override.lstrip("+").startswith("data") for override in options.overrides)
+        given = named or settings.data != settings_of(composed([])).data  # an experiment, say, has data of its own
+        if options.input is None and natural and not given:
             shape: tuple[int, ...] = natural
             model, _ = seeded_model(settings, shape[0])
         elif options.input is None:
@@ -380,7 +386,11 @@ def composed(overrides: Sequence[str], config_dir: str | None = None) -> dict[st
     import hydra
     from omegaconf import OmegaConf
 
+    from nas_gate.errors import Refused
+
     _prepare_hydra()
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise Refused(f"`--config-dir` must be a folder, but {config_dir} is none.")
     more = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = hydra.compose("config", [*overrides, *more])

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -48,13 +48,15 @@ class Collected:
     `table` has the columns of `nas_gate.pareto.required`, all other numbers of the results, `param.<name>` for every
     setting that varies within a study, and, where latencies were measured, `latency_ms` and `dense_latency_ms`.
     `path` is the candidate's folder. `unfinished` are trials without a result; `latency` says under which condition
-    `latency_ms` was measured, and is None without latencies. `quality` is what all candidates are judged by.
+    `latency_ms` was measured, and is None without latencies; `pad_to` is what channels were padded to then. `quality`
+    is what all candidates are judged by.
     """
 
     table: pd.DataFrame
     skipped: tuple[Skipped, ...]
     unfinished: tuple[Path, ...]
     latency: str | None
+    pad_to: int = 1
     quality: Quality = ACCURACY
 
 
@@ -80,7 +82,9 @@ def collect(folders: Sequence[Path]) -> Collected:
                 unfinished.append(trial)
                 continue
             try:
-                settings, runs = _json(trial / SETTINGS), _runs(trial)
+                # one of several targets' candidates, given by itself, has its trial's settings
+                settings = _json(trial / SETTINGS if (trial / SETTINGS).exists() else trial.parent / SETTINGS)
+                runs = _runs(trial)
             except _Unreadable as error:
                 skipped.append(Skipped(trial, str(error)))
                 continue
@@ -101,8 +105,8 @@ def collect(folders: Sequence[Path]) -> Collected:
         raise ValueError(f"candidates compare by one metric only, but these are judged by {told}")
     quality = next(iter(qualities), ACCURACY)
     table = _varying(pd.DataFrame(rows, columns=None if rows else list(required(quality))))
-    table, condition = _with_latency(table, latencies)
-    return Collected(table, tuple(skipped), tuple(unfinished), condition, quality)
+    table, condition, pad_to = _with_latency(table, latencies)
+    return Collected(table, tuple(skipped), tuple(unfinished), condition, pad_to, quality)
 
 
 def run_of(candidate: Path) -> tuple[Plain, Plain]:
@@ -225,6 +229,22 @@ def _varying(table: pd.DataFrame) -> pd.DataFrame:
 # --- latency ------------------------------------------------------------------------------------------------
 
 
+class Condition(NamedTuple):
+    """What a latency was measured under; in order: unpadded, small batches, few threads, ONNX Runtime come first."""
+
+    pad_to: int
+    batch: int
+    threads: int
+    runtime: str
+    machine: str
+
+    def text(self) -> str:
+        """For people."""
+        padded = f", channels padded to multiples of {self.pad_to}" if self.pad_to > 1 else ""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.runtime}, batch {self.batch}, {threads}{padded}, on {self.machine}"
+
+
 def _measured(path: Path) -> list[Plain]:
     """The latencies recorded for a candidate, each with the machine that they were measured on."""
     if not path.exists():
@@ -233,7 +253,13 @@ def _measured(path: Path) -> list[Plain]:
     try:
         return [
             {
-                "condition": (each["runtime"], int(each["batch"]), int(each["threads"]), str(record["machine"])),
+                "condition": Condition(
+                    int(record.get("pad_to", 1)),
+                    int(each["batch"]),
+                    int(each["threads"]),
+                    str(each["runtime"]),
+                    str(record["machine"]),
+                ),
                 "latency_ms": float(each["candidate_ms"]),
                 "dense_latency_ms": float(each["dense_ms"]),
             }
@@ -251,7 +277,9 @@ def _of_search(result: Plain, settings: Plain) -> list[Plain]:
         timing = settings["latency"]
         return [
             {
-                "condition": ("PyTorch (fastest run)", timing["batch"], timing["threads"], result["latency_machine"]),
+                "condition": Condition(
+                    1, timing["batch"], timing["threads"], "PyTorch (fastest run)", result["latency_machine"]
+                ),
                 "latency_ms": float(result["latency_ms"]),
                 "dense_latency_ms": float(result["dense_latency_ms"]),
             }
@@ -260,18 +288,18 @@ def _of_search(result: Plain, settings: Plain) -> list[Plain]:
         raise _Unreadable(f"{RESULT} and {SETTINGS} must say how latency was measured: {error!r}") from error
 
 
-def _with_latency(table: pd.DataFrame, latencies: Mapping[str, Sequence[Plain]]) -> tuple[pd.DataFrame, str | None]:
-    """The table with the latencies of one condition, since others do not compare, and that condition.
+def _with_latency(
+    table: pd.DataFrame, latencies: Mapping[str, Sequence[Plain]]
+) -> tuple[pd.DataFrame, str | None, int]:
+    """The table with the latencies of one condition, since others do not compare, that condition, and its padding.
 
-    It is the condition that most candidates were measured under; of several, the smallest batch and the fewest
-    threads, and ONNX Runtime before PyTorch.
+    It is the condition that most candidates were measured under; of several the first in the order of `Condition`.
     """
-    count = Counter(each["condition"] for measured in latencies.values() for each in measured)
+    count: Counter[Condition] = Counter(each["condition"] for measured in latencies.values() for each in measured)
     if not count:
-        return table, None
-    chosen = min(count, key=lambda condition: (-count[condition], condition[1], condition[2], condition[0]))
+        return table, None, 1
+    chosen = min(count, key=lambda condition: (-count[condition], condition))
     of_path = {path: each for path, measured in latencies.items() for each in measured if each["condition"] == chosen}
-    runtime, batch, threads, machine = chosen
     columns = {
         name: pd.Series([of_path.get(path, {}).get(name, np.nan) for path in table["path"]], index=table.index)
         for name in ("latency_ms", "dense_latency_ms")
@@ -279,6 +307,4 @@ def _with_latency(table: pd.DataFrame, latencies: Mapping[str, Sequence[Plain]])
     # the dense network was measured beside every candidate, each time a little different
     same_network = [table["dense_macs"], table["dense_params"]]
     columns["dense_latency_ms"] = columns["dense_latency_ms"].groupby(same_network).transform("median")
-    return table.assign(
-        **columns
-    ), f"{runtime}, batch {batch}, {threads} thread{'s' if threads > 1 else ''}, on {machine}"
+    return table.assign(**columns), chosen.text(), chosen.pad_to

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -119,12 +118,14 @@ def pareto(arguments: Sequence[str]) -> None:
 
     with _mistakes():
         from nas_gate.pareto import marked
-        from nas_gate.plots import draw, figure_data
+        from nas_gate.plots import check_name, draw, figure_data
         from nas_gate.table import described
 
         collected = _collected(options.studies)
         cost = COSTS[options.x]
         _check_latency(collected, [cost])
+        for path in options.plot:
+            check_name(path)
         if collected.quality == ACCURACY and options.reference is not None and not 0 <= options.reference[0] < 1:
             raise ValueError(f"the reference must be an accuracy in [0, 1), but is {options.reference[0]:g}")
         print(described(collected, cost, options.reference))
@@ -234,8 +235,8 @@ def select(arguments: Sequence[str]) -> None:
         print(selection.describe(choice))
         if collected.latency is not None:
             print(f"\nLatency: {collected.latency}.")
-        print(f"\nLoad it:    import nas_gate; model = nas_gate.load({choice.row['path']!r})")
-        print(f"Deploy it:  nas-gate export {shlex.quote(choice.row['path'])}")
+        loading, exporting = selection.next_steps(str(choice.row["path"]), collected.pad_to)
+        print(f"\nLoad it:    {loading}\nDeploy it:  {exporting}")
 
 
 def _amount(text: str) -> int:
@@ -335,7 +336,7 @@ def export(arguments: Sequence[str]) -> None:
             )
             print(describe(exported))
             if exported.latencies:
-                latency.save(folder, exported.latencies, exported.versions)
+                latency.save(folder, exported.latencies, exported.versions, exported.pad_to)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -19,9 +19,9 @@ from nas_gate import models
 from nas_gate.candidate import load, read
 from nas_gate.cost import count_macs
 from nas_gate.exported import CARD, CHECKED, TOLERANCE, Artifact, Exported, Plain, Width, card, number
-from nas_gate.latency import Latency, Network, batch, machine, measure_onnx, measure_torch, not_followed, open_onnx
+from nas_gate.latency import Latency, Network, batch, measure_onnx, measure_torch, measured_on, not_followed, open_onnx
 from nas_gate.padding import padded
-from nas_gate.removal import relative_error
+from nas_gate.removal import Cut, name_before, relative_error
 from nas_gate.structure.trace import output_tensors
 
 INSTALL = 'pip install "nas-gate[export]"'
@@ -178,8 +178,8 @@ def export(
             pad_to=pad_to,
             written_ratio=written_ratio,
             latencies=tuple(latencies),
-            widths=widths(network, dense),
-            machine=machine(),
+            widths=widths(network, dense, record.cut),
+            machine=measured_on(),
             versions=versions,
             warnings=(*_disagreement(record.figures, macs, shape), *not_followed(latencies, macs_ratio, pad_to)),
         )
@@ -307,14 +307,17 @@ def _publish(staged: Path, output: Path) -> None:
         path.replace(output / path.name)
 
 
-def widths(network: nn.Module, dense: nn.Module) -> tuple[Width, ...]:
-    """The outputs of every convolution and linear layer (whatever has `out_channels` or `out_features`)."""
-    small = dict(network.named_modules())
+def widths(network: nn.Module, dense: nn.Module, cut: Cut) -> tuple[Width, ...]:
+    """The outputs of every convolution and linear layer (whatever has `out_channels` or `out_features`).
+
+    `network` is what `cut` leaves of `dense`; of layers that are gone it keeps 0.
+    """
+    small = {name_before(cut, path): layer for path, layer in network.named_modules()}
     found = []
     for path, layer in dense.named_modules():
         for size in ("out_channels", "out_features"):
             if isinstance(getattr(layer, size, None), int):
-                found.append(Width(path, getattr(small[path], size), getattr(layer, size)))
+                found.append(Width(path, getattr(small.get(path), size, 0), getattr(layer, size)))
     return tuple(found)
 
 

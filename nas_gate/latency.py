@@ -181,9 +181,22 @@ def machine() -> str:
     return f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} logical cores"
 
 
-def save(folder: Path, latencies: Sequence[Latency], versions: Mapping[str, str]) -> Path:
-    """Leave latencies in a candidate's folder, for `nas_gate.collect`; those of a measurement before are replaced."""
+def measured_on() -> str:
+    """The machine, with its processor's own name: latencies of two processors do not compare."""
+    return f"{processor()}, {machine()}"
+
+
+def save(folder: Path, latencies: Sequence[Latency], versions: Mapping[str, str], pad_to: int = 1) -> Path:
+    """Leave latencies in a candidate's folder, for `nas_gate.collect`; those of a measurement before are replaced.
+
+    `pad_to` is what the measured network's channels were padded to.
+    """
     path = folder / RECORD
-    record = {"machine": machine(), "versions": dict(versions), "latencies": [asdict(each) for each in latencies]}
+    record = {
+        "machine": measured_on(),
+        "versions": dict(versions),
+        "pad_to": pad_to,
+        "latencies": [asdict(each) for each in latencies],
+    }
     write_text(path, json.dumps(record, indent=1) + "\n")
     return path

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from nas_gate import models
 from nas_gate.cost import MEASURED
-from nas_gate.latency import machine
+from nas_gate.latency import measured_on
 from nas_gate.pareto import hypervolume
 from nas_gate.prepare import Prepared, task_of
 from nas_gate.quality import RECORD, Quality
@@ -76,7 +76,7 @@ def figures(
         result["dense_latency_ms"], result["latency_ms"] = latencies
         result["predicted_latency_ms"] = last.latency_ms
         result["latency_relative_error"] = last.latency_ms / latencies[1] - 1
-        result["latency_machine"] = machine()
+        result["latency_machine"] = measured_on()
     for name, history in histories.items():
         result[f"seconds_{name}"] = sum(epoch.seconds for epoch in history)
     return {**result, "path": str(path)}

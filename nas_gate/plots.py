@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from nas_gate.files import replacing
-from nas_gate.pareto import check_table, column, front, knee, repeats
+from nas_gate.pareto import check_table, column, front, knee, repeat_keys, repeats
 from nas_gate.quality import ACCURACY, Quality
 from nas_gate.selection import show
 
@@ -29,6 +29,9 @@ AXES = {"macs": "MACs (multiply-accumulates)", "params": "parameters", "latency_
 
 WIDE = 20
 """From this ratio of the highest to the lowest cost on, their axis is logarithmic."""
+
+SEEDS = "seeds"
+"""The column of how many seeds a mean is of."""
 
 # Colours for studies: Okabe and Ito's, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
@@ -67,7 +70,10 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Series:
-    """The candidates of one study and method, in ascending cost; `staircase` is the outline of what they dominate."""
+    """The candidates of one study and method, in ascending cost; `staircase` is the outline of what they dominate.
+
+    Where settings were repeated with other seeds their means stand for them there, not their luckiest seeds.
+    """
 
     study: str
     method: str
@@ -122,11 +128,26 @@ def _staircase(best: pd.DataFrame, x: str, quality: Quality) -> tuple[tuple[floa
     return tuple(corners)
 
 
+def _means(table: pd.DataFrame, x: str, quality: Quality) -> pd.DataFrame:
+    """The candidates, but one row of every setting that was repeated, with the means over its seeds.
+
+    The column SEEDS says how many they are.
+    """
+    keys = repeat_keys(table)
+    numbered = table.assign(**{name: column(table, name) for name in (x, quality.name)})
+    numbered[SEEDS] = numbered.groupby(keys, dropna=False)["seed"].transform("nunique")
+    repeated = numbered[numbered[SEEDS] > 1].drop_duplicates([*keys, "seed"])
+    means = repeated.groupby(keys, dropna=False)[[x, quality.name]].transform("mean")
+    repeated = repeated.assign(**{name: means[name] for name in means}).drop_duplicates(keys)
+    result: pd.DataFrame = pd.concat([numbered[numbered[SEEDS] <= 1], repeated])
+    return result
+
+
 def _series(table: pd.DataFrame, study: str, method: str, x: str, quality: Quality) -> Series:
     ascending = [True, quality.higher_is_better]
     ordered: pd.DataFrame = table.sort_values([x, quality.name], ascending=ascending, kind="stable", ignore_index=True)
-    best = front(ordered, quality.against(x), quality)
-    chosen = set(best.index)
+    best = front(_means(ordered, x, quality), quality.against(x), quality)
+    chosen = set(best.index[best[SEEDS] <= 1])
     points = tuple(
         Point(float(cost), float(accuracy), int(trial), str(path), place in chosen)
         for place, (cost, accuracy, trial, path) in enumerate(
@@ -293,11 +314,10 @@ def _colours(data: FigureData) -> dict[tuple[str, str], str]:
 
 
 def _draw_series(axes: Axes, series: Series, height: float, colour: str, marker: str, leading: bool) -> None:
-    """Front and candidates of one series. Where a baseline was repeated, its means speak, not its luckiest seeds."""
+    """Front and candidates of one series."""
     size = _SIZES.get(marker, 42)
-    only_means = bool(series.repeats) and not leading
     for strong in (False, True):
-        points = [p for p in series.points if (p.on_front and not only_means) is strong]
+        points = [p for p in series.points if p.on_front is strong]
         axes.scatter(
             [p.cost for p in points],
             [height * p.accuracy for p in points],
@@ -309,10 +329,9 @@ def _draw_series(axes: Axes, series: Series, height: float, colour: str, marker:
             linewidths=0.7,
             zorder=4 if strong else 2,
         )
-    line = [(r.cost, r.accuracy) for r in series.repeats] if only_means else series.staircase
     axes.plot(
-        [cost for cost, _ in line],
-        [height * accuracy for _, accuracy in line],
+        [cost for cost, _ in series.staircase],
+        [height * accuracy for _, accuracy in series.staircase],
         color=colour,
         linewidth=1.8 if leading else 1.0,
         linestyle="-" if leading else _DASHES,
@@ -424,6 +443,12 @@ def _figure(data: FigureData) -> Figure:
     return figure
 
 
+def check_name(path: Path) -> None:
+    """ValueError unless the path's suffix is that of a picture that can be drawn."""
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"a picture's name must end in .png or .svg, but got {path.name!r}")
+
+
 def draw(data: FigureData, path: str | Path) -> Path:
     """Draws the record to a PNG or SVG file, by the path's suffix, and returns the path.
 
@@ -432,8 +457,7 @@ def draw(data: FigureData, path: str | Path) -> Path:
     ImportError where matplotlib is missing.
     """
     path = Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"a picture's name must end in .png or .svg, but got {path.name!r}")
+    check_name(path)
     try:
         from matplotlib import rc_context
     except ImportError as error:

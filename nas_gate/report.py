@@ -21,11 +21,13 @@ from torch import nn
 from nas_gate import models
 from nas_gate.candidate import CandidateError, read
 from nas_gate.collect import Collected, run_of
+from nas_gate.cost import MEASURED
 from nas_gate.export import widths
 from nas_gate.pareto import column, marked, summary
 from nas_gate.plots import AXES, COLOURS, figure_data, method_order
 from nas_gate.quality import Quality
 from nas_gate.removal import cut_model
+from nas_gate.selection import next_steps
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 INSTALL = "pip install 'nas-gate[report]'"
@@ -57,7 +59,11 @@ def report_data(collected: Collected, command: Command, factory: str | None = No
         "pictures": pictures,
         "summary": _compared(table, quality),
         "candidates": [
-            {**_figures(row, quality), **_details(Path(row["path"]), command, factory, dense, quality)}
+            {
+                **_figures(row, quality),
+                **_details(row, command, factory, dense, quality),
+                "export": next_steps(str(row["path"]), collected.pad_to)[1],
+            }
             for row in _records(marked(table, quality=quality))
         ],
         "skipped": [{"path": str(each.path), "reason": each.reason} for each in collected.skipped],
@@ -107,8 +113,9 @@ def _figures(row: Plain, quality: Quality) -> dict[str, Any]:
 
 
 def _details(
-    folder: Path, command: Command, factory: str | None, dense: dict[str, nn.Module], quality: Quality
+    row: Plain, command: Command, factory: str | None, dense: dict[str, nn.Module], quality: Quality
 ) -> dict[str, Any]:
+    folder = Path(row["path"])
     settings, history = run_of(folder)
     try:
         again: str | None = command(settings)
@@ -118,7 +125,9 @@ def _details(
         found, misfit = _widths(folder, factory, dense), None
     except CandidateError as error:
         found, misfit = None, str(error)
-    return {"widths": found, "misfit": misfit, "curves": _curves(history, quality), "command": again}
+    dense_cost = row.get("dense_predicted_latency_ms") if settings.get("metric") in MEASURED else 1.0
+    curves = _curves(history, quality, dense_cost)
+    return {"widths": found, "misfit": misfit, "curves": curves, "command": again}
 
 
 def _widths(folder: Path, factory: str | None, dense: dict[str, nn.Module]) -> list[list[Any]] | None:
@@ -134,16 +143,23 @@ def _widths(folder: Path, factory: str | None, dense: dict[str, nn.Module]) -> l
         small = cut_model(dense[key], record.cut)
     except ValueError as error:
         raise CandidateError(f"{folder} does not fit its dense model: {error}") from error
-    return [[each.layer, each.kept, each.dense] for each in widths(small, dense[key])]
+    return [[each.layer, each.kept, each.dense] for each in widths(small, dense[key], record.cut)]
 
 
-def _curves(history: Plain, quality: Quality) -> dict[str, dict[str, list[Any]]]:
-    """Stage -> lists of equal length: epoch (from 1), the quality, and the gates' cost where there is one."""
+def _curves(history: Plain, quality: Quality, dense_cost: float | None) -> dict[str, dict[str, list[Any]]]:
+    """Stage -> lists of equal length: epoch (from 1), the quality, and the gates' share of the dense cost, if known.
+
+    `dense_cost` is that in the units of the history.
+    """
+
+    def share(cost: float | None) -> float | None:
+        return None if cost is None or not dense_cost else cost / dense_cost
+
     return {
         str(stage): {
             "epoch": [epoch["epoch"] + 1 for epoch in epochs],
             quality.name: [epoch[quality.name] for epoch in epochs],
-            "cost": [epoch.get("figures", {}).get("cost") for epoch in epochs],
+            "cost": [share(epoch.get("figures", {}).get("cost")) for epoch in epochs],
         }
         for stage, epochs in history.items()
     }

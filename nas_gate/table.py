@@ -51,11 +51,17 @@ def _candidates(table: pd.DataFrame, cost: str, quality: Quality) -> str:
     header = ["", "candidate", "method", "target", "seed", *(titles[name] for name in figures)]
     rows = [[*header, f"of dense {TITLES[cost]}", *(name.removeprefix("param.") for name in varied)]]
     for study, group in table.groupby("study", sort=False):
-        # one per seed: their mean
-        of_seed = group.drop_duplicates("seed")
-        dense = [of_seed[f"dense_{name}"].mean() if f"dense_{name}" in of_seed else math.nan for name in figures]
-        shown = ["" if math.isnan(value) else show(name, float(value), quality) for name, value in zip(figures, dense)]
-        rows.append(["dense", str(study) if several else "", "", "", "", *shown, "100.0 %", *("" for _ in varied)])
+        # those of one kind differ in their seeds: their mean
+        own = [name for name in varied if name.startswith(("param.model.", "param.dense."))]
+        kinds = group.drop_duplicates(["dense_macs", "dense_params", *own, "seed"])
+        for _, networks in kinds.groupby(["dense_macs", "dense_params", *own], sort=False, dropna=False):
+            dense = [networks[f"dense_{name}"].mean() if f"dense_{name}" in networks else math.nan for name in figures]
+            shown = [
+                "" if math.isnan(value) else show(name, float(value), quality) for name, value in zip(figures, dense)
+            ]
+            first = networks.iloc[0]
+            values = ["" if name not in own or pd.isna(first[name]) else str(first[name]) for name in varied]
+            rows.append(["dense", str(study) if several else "", "", "", "", *shown, "100.0 %", *values])
     for row in table.to_dict("records"):
         share = row[cost] / row[dense_cost]
         rows.append(
@@ -87,7 +93,13 @@ def _fronts(table: pd.DataFrame, cost: str, reference: tuple[float, float] | Non
             for row in sorted(of_methods, key=lambda row: method_order(str(row.get("method")))):
                 volume = "" if math.isnan(row["hypervolume"]) else f"{row['hypervolume']:.4f}"
                 figures = [f"{row['candidates']}", f"{row['on_front']}", volume]
-                at = [show(name, float(row.get(f"knee_{name}", math.nan)), quality) for name in (quality.name, cost)]
+                known = not math.isnan(row[f"dense_{cost}"])  # of a study without latencies, say, there is nothing
+                figures[2] = figures[2] if known else ""
+                at = [
+                    show(name, float(row.get(f"knee_{name}", math.nan)), quality)
+                    for name in (quality.name, cost)
+                    if known
+                ]
                 method = row.get("method", "all" if group["method"].nunique() > 1 else group["method"].iloc[0])
                 rows.append([str(study), str(method), *figures, " at ".join(at)])
     name = TITLES[cost]

@@ -5,6 +5,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import nas_gate
@@ -44,6 +45,21 @@ def test_search_inspect_and_their_results(capsys: pytest.CaptureFixture[str]):
     assert structure["params"] == result["dense_params"]
 
 
+def test_inspect_takes_the_data_of_an_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    images = np.zeros((400, 16, 16, 3), np.uint8)
+    np.savez(
+        tmp_path / "half.npz", x_train=images, y_train=np.arange(400) % 2, x_test=images, y_test=np.arange(400) % 2
+    )
+    command = ["inspect", "experiment=cifar10_16x16", f"data.root={tmp_path}", "--json"]
+    assert cli.main(command) == 0
+    assert round(json.loads(capsys.readouterr().out)["macs"] / 1e6, 1) == 10.2
+
+
+def test_a_folder_of_configuration_that_is_not_there(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["inspect", "--config-dir", "nowhere"]) == 2
+    assert "`--config-dir` must be a folder, but nowhere is none" in capsys.readouterr().err
+
+
 def test_inspect_takes_the_size_that_a_model_was_made_for(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["inspect", "model=resnet56", "--json"]) == 0
     assert round(json.loads(capsys.readouterr().out)["macs"] / 1e6, 2) == 125.49
@@ -76,6 +92,7 @@ def test_the_same_command_in_the_same_folder_is_the_same_run(monkeypatch: pytest
         (["search", "target=2"], "`0 < target <= 1` must hold"),
         (["search", "target=half"], "`target` must be float, but is 'half'"),
         (["search", "target=0.0001"], "below what is reachable"),
+        (["search", "weights=5"], "`weights` must be str or null, but is 5"),
         (["search", "targets=0.5"], "`targets` must be a list of numbers, but is 0.5"),
         (["search", "targets=[0.7,x]"], "`targets` must be a list of numbers, but is [0.7, 'x']"),
         (["search", "targets=[0.7,0.5]", "target=0.3"], "give `targets` or `target`, not both"),

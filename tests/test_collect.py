@@ -166,6 +166,25 @@ def latencies(folder: Path, machine: str, **measured: tuple[str, int, int, float
     (folder / "candidate" / "latency.json").write_text(json.dumps({"machine": machine, "latencies": rows}))
 
 
+def test_a_condition_includes_the_padding(studies: Path):
+    alpha = studies / "alpha"
+    for name in ("0", "1", "2"):
+        latencies(alpha / name, "here", a=("ONNX Runtime", 1, 1, 4.0, 3.0))
+    for name in ("0", "1"):
+        set_json(alpha / name / "candidate" / "latency.json", pad_to=8)
+    collected = collect([alpha])
+    assert collected.latency == "ONNX Runtime, batch 1, 1 thread, channels padded to multiples of 8, on here"
+    assert collected.pad_to == 8
+    assert collected.table["latency_ms"].notna().tolist() == [True, True, False, False]
+
+
+def test_a_candidate_of_several_targets_by_itself(studies: Path, tmp_path: Path):
+    """It has the settings of its trial, one folder up."""
+    shutil.copytree(studies / "alpha" / "1", tmp_path / "several" / "target-0.4")
+    (tmp_path / "several" / "target-0.4" / "settings.json").rename(tmp_path / "several" / "settings.json")
+    assert len(collect([tmp_path / "several" / "target-0.4"]).table) == 1
+
+
 def test_latencies_are_of_one_condition(studies: Path):
     alpha = studies / "alpha"
     big = ("PyTorch", 128, 1, 90.0, 50.0)

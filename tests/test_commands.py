@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import as_errors
+from conftest import as_errors, set_json
 
 import nas_gate
 from nas_gate import cli, latency
@@ -77,6 +78,28 @@ def test_pareto_writes_what_it_shows(capsys: pytest.CaptureFixture[str]):
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in Path("a.svg").read_text()
     assert sorted(path.name for path in Path().iterdir()) == ["a.png", "a.svg", "alpha", "beta", "out"]
+
+
+def test_dense_networks_of_different_sizes_have_their_own_rows(studies: Path, capsys: pytest.CaptureFixture[str]):
+    for name, accuracy, macs in (("0", 0.95, 1_000_000), ("1", 0.9, 400_000), ("2", 0.9, 400_000)):
+        set_json(studies / "alpha" / name / "result.json", dense_accuracy=accuracy, dense_macs=macs)
+    assert cli.main(["pareto", "alpha"]) == 0
+    dense = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("dense")]
+    assert [line[1:5] for line in dense] == [["95.00", "%", "1", "M"], ["90.00", "%", "400", "K"]]
+
+
+def test_the_name_of_a_picture_is_looked_at_first(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["pareto", "alpha", "--plot", "a.png", "--plot", "b.pdf"]) == 2
+    assert "must end in .png or .svg, but got 'b.pdf'" in capsys.readouterr().err
+    assert not Path("a.png").exists()
+
+
+def test_select_says_how_a_padded_model_is_exported(studies: Path, capsys: pytest.CaptureFixture[str]):
+    for candidate in (studies / "alpha").glob("*/candidate"):
+        rows = [{"runtime": "ONNX Runtime", "batch": 1, "threads": 1, "dense_ms": 2.0, "candidate_ms": 1.0}]
+        (candidate / "latency.json").write_text(json.dumps({"machine": "here", "pad_to": 8, "latencies": rows}))
+    assert cli.main(["select", "alpha"]) == 0
+    assert re.search(r"Deploy it: +nas-gate export alpha/\d/candidate --pad-to 8\n", capsys.readouterr().out)
 
 
 def test_rows_are_aligned():

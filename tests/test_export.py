@@ -21,7 +21,7 @@ from nas_gate import export as module
 from nas_gate import latency as latency_module
 from nas_gate import models
 from nas_gate.candidate import RECORD, CandidateError
-from nas_gate.export import ExportError, export
+from nas_gate.export import ExportError, export, widths
 from nas_gate.exported import CARD, Exported, Width, card, describe
 from nas_gate.latency import Latency, not_followed, take_turns
 
@@ -473,6 +473,24 @@ def test_the_card_says_what_is_recorded(recorded: Exported):
     assert {w.layer: (w.kept, w.dense) for w in recorded.widths} == layers
     for path, (kept, wide) in layers.items():
         assert f"| `{path}` | {kept} | {wide} | {kept / wide:.0%} |" in text
+
+
+@pytest.mark.parametrize("depth", [False, True])
+def test_widths_of_layers_that_are_gone(depth: bool):
+    """Closed branches and candidates that were not chosen: none of their outputs is left."""
+    dense = models.build("resnet20" if depth else "cifar_supernet").eval()
+    gated = nas_gate.attach(dense, torch.randn(1, 3, 32, 32), depth=depth)
+    gone = [group.start for group in gated.structure.groups if group.kind == "branch"][:1]
+    gone += [choice.units[0] for choice in gated.structure.choices]
+    with torch.no_grad():
+        gated.gates.weight[gone] = -1
+    removed = nas_gate.remove_with_proof(gated, gated.keep() > 0.5)
+    layers = {path: m for path, m in dense.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    found = widths(removed.model, dense, removed.cut)
+    assert [width.layer for width in found] == list(layers)
+    left = [m for m in removed.model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert [width.kept for width in found if width.kept] == [m.weight.shape[0] for m in left]
+    assert len(left) < len(layers)
 
 
 def test_what_is_not_recorded_is_left_out(recorded: Exported):

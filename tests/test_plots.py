@@ -55,7 +55,8 @@ def test_series_by_hand() -> None:
     )
     assert gates.staircase == ((20, 0.7), (30, 0.7), (30, 0.8), (60, 0.8), (60, 0.9))
     assert gates.repeats == ()
-    assert uniform.staircase == ((20, 0.5), (40, 0.5), (40, 0.7))
+    assert uniform.staircase == ((30, pytest.approx(0.6)),)  # its two seeds' mean, not the luckier one
+    assert not any(point.on_front for point in uniform.points)
     root = math.sqrt(2)
     (mean,) = uniform.repeats
     assert mean == Repeat(30, pytest.approx(0.6), pytest.approx(10 * root), pytest.approx(0.1 * root), 2)
@@ -70,9 +71,18 @@ def test_the_knee_is_of_all_methods() -> None:
 
 
 def test_equal_candidates_make_one_corner() -> None:
-    data = figure_data(table({"macs": 20}, {"macs": 20, "seed": 1}))
+    data = figure_data(table({"macs": 20}, {"macs": 20, "target": 0.1}))
     assert data.series[0].staircase == ((20, 0.9),)
     assert [point.on_front for point in data.series[0].points] == [True, True]
+
+
+def test_means_of_seeds_stand_beside_candidates_of_one_seed() -> None:
+    seeds = [{"macs": 20, "accuracy": accuracy, "seed": seed} for seed, accuracy in enumerate((0.6, 0.8))]
+    single = {"macs": 10, "accuracy": 0.65, "target": 0.1}
+    worse = {"macs": 30, "accuracy": 0.69, "target": 0.9}  # than the mean of 0.7, at a higher cost
+    (series,) = figure_data(table(*seeds, single, worse)).series
+    assert series.staircase == ((10, 0.65), (20, 0.65), (20, pytest.approx(0.7)))
+    assert [point.on_front for point in series.points] == [True, False, False, False]
 
 
 def test_several_studies_and_their_dense_models() -> None:

@@ -91,6 +91,15 @@ def test_widths_are_those_of_the_networks(studies: Path):
     assert sum(kept for _, kept, _ in third) < sum(kept for _, kept, _ in first) < sum(dense for _, _, dense in first)
 
 
+def test_costs_in_milliseconds_are_shown_as_shares_of_the_dense_cost(studies: Path):
+    trial = studies / "alpha" / "1"
+    set_json(trial / "settings.json", metric="latency_ms")
+    set_json(trial / "result.json", dense_predicted_latency_ms=4.0)
+    history = json.loads((trial / "history.json").read_text())
+    shares = of(record(studies), "alpha", 1)["curves"]["gated"]["cost"]
+    assert shares == pytest.approx([epoch["figures"]["cost"] / 4.0 for epoch in history["gated"]], rel=1e-5)
+
+
 def test_curves_are_the_history(studies: Path):
     history = json.loads((studies / "alpha" / "1" / "history.json").read_text())
     curves = of(record(studies), "alpha", 1)["curves"]

@@ -82,6 +82,11 @@ class Plan:
             require(searched, "study: the space must have at least one parameter, as in 'target=interval(0.3,0.7)'", {})
         except ValueError as error:
             raise Refused(str(error)) from error
+        if self.early_stopping is not None and self.sampler == "gp":
+            raise Refused(
+                "early_stopping must be null with the sampler gp, which does not learn from trials that were stopped, "
+                "and would ask for the same point again and again."
+            )
         self.make_sampler(0)
         for given in self.enqueue:
             for name, value in given.items():

@@ -74,6 +74,9 @@ class Parameter:
             assert isinstance(of, FloatDistribution | IntDistribution)
             kind = (int, float) if isinstance(of, FloatDistribution) else (int,)
             possible = type(value) in kind and of.low <= value <= of.high
+            if possible and of.step is not None:
+                steps = (value - of.low) / of.step
+                possible = math.isclose(steps, round(steps), abs_tol=1e-6)
         if not possible:
             raise Refused(f"enqueue: {name}={value} is no value of {name} in the space ({of}).")
 
