@@ -51,9 +51,6 @@ examples:
   nas-gate inspect model=custom model.name=my_package.nets:small --input 3x64x64
 """
 
-PLACES = ("root", "download", "workers")
-"""Keys of `data` that say where and how it is read, not what it is."""
-
 T = TypeVar("T")
 
 
@@ -126,10 +123,11 @@ def _search(overrides: Sequence[str]) -> None:
     from hydra.types import RunMode
 
     from nas_gate.errors import Diverged, Refused
+    from nas_gate.settings import describe
     from nas_gate.study.sweeper import register
 
     _prepare_hydra()
-    register([sys.executable, "-m", "nas_gate.cli", "search", *overrides], settings_of)
+    register([sys.executable, "-m", "nas_gate.cli", "search", *overrides], lambda plain: describe(settings_of(plain)))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach `_told`, which tells mistakes from defects
     failed: list[Exception] = []
     command = sys.argv
@@ -163,6 +161,7 @@ def _run(config: DictConfig, run_dir: Path) -> dict[str, Any]:
     from rich.console import Console
 
     from nas_gate.search import search
+    from nas_gate.settings import setting_of
     from nas_gate.study.context import epoch_hook
 
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -171,8 +170,10 @@ def _run(config: DictConfig, run_dir: Path) -> dict[str, Any]:
     settings, cache_dir = settings_of(plain), Path(plain["cache_dir"])
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return search(settings, run_dir, cache_dir=cache_dir, console=Console())
+    may_differ = [setting_of(key) for key in HydraConfig.get().sweeper.may_differ]
     with (run_dir / "log.txt").open("a") as log:  # a study says one line about each trial
-        return search(settings, run_dir, cache_dir=cache_dir, console=Console(file=log), on_epoch=epoch_hook())
+        console, hook = Console(file=log), epoch_hook()
+        return search(settings, run_dir, cache_dir=cache_dir, console=console, on_epoch=hook, may_differ=may_differ)
 
 
 def conf_dir() -> Path:
@@ -210,7 +211,7 @@ def register_resolvers() -> None:
     from omegaconf import OmegaConf
 
     from nas_gate import folders
-    from nas_gate.settings import without_added
+    from nas_gate.settings import PLACES, without_added
 
     def digest(*, _root_: DictConfig) -> str:
         whole: Any = OmegaConf.to_container(OmegaConf.masked_copy(_root_, list(SETTINGS)), resolve=True)

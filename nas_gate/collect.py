@@ -22,15 +22,13 @@ from nas_gate import latency
 from nas_gate.candidate import CandidateError, read
 from nas_gate.pareto import check_table, required
 from nas_gate.quality import ACCURACY, Quality, quality_of
+from nas_gate.settings import PLACES
 
 Plain = Mapping[str, Any]
 
 CANDIDATE, RESULT, SETTINGS, HISTORY = "candidate", "result.json", "settings.json", "history.json"
 OWN_COLUMN = ("target", "seed", "method")
 """Settings that have a column of their own."""
-
-PLACES = ("data.arguments.root", "data.arguments.download", "data.arguments.workers")
-"""Settings that say where and how data are read: they may differ between machines, and change no result."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,11 @@ def _row(study: str, trial: int, run: Path, settings: Plain, result: Plain, qual
         "target": result.get("target", settings.get("target")),
         quality.test: None,  # where it was not asked for
         **{key: value for key, value in figures.items() if key not in ("seed", "target", "trial")},
-        **{f"param.{key}": value for key, value in _flat(settings) if key not in (*OWN_COLUMN, *PLACES)},
+        **{
+            f"param.{key}": value
+            for key, value in _flat(settings)
+            if key not in (*OWN_COLUMN, *(f"data.arguments.{name}" for name in PLACES))
+        },
     }
     needed = required(quality)
     if missing := [name for name in needed if name not in row or (row[name] is None and name != quality.test)]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from nas_gate.errors import InUse, Refused
 from nas_gate.files import write_text
-from nas_gate.settings import Plain
+from nas_gate.settings import PLACES, Plain
 
 
 @contextmanager
@@ -40,33 +40,46 @@ def held(folder: Path, fabric: Fabric, *, wait: bool = False, console: Console |
         yield
 
 
-def refuse_other_settings(described: Plain, run_dir: Path) -> None:
-    """Refused if the folder belongs to other settings, saying what differs."""
+def refuse_other_settings(described: Plain, run_dir: Path, may_differ: Sequence[str] = ()) -> None:
+    """Refused if the folder belongs to other settings, saying what differs.
+
+    Where data lie may differ, and settings that are, or lie in, one of `may_differ`.
+    """
     file = run_dir / "settings.json"
     if not file.exists():
         return
-    if differing := differences(read_json(file), described):
+    ignored = (*(f"data.arguments.{name}" for name in PLACES), *may_differ)
+    if differing := differences(read_json(file), described, ignored):
         raise Refused(
             f"{run_dir} holds a run with other settings ({differing}). "
             "Choose another folder, or ask for the same settings to continue that run."
         )
 
 
-def differences(there: Plain, asked: Plain) -> str:
-    """What differs between two nested mappings, in words; nothing where they are equal."""
-    before, now = _flat(there), _flat(asked)
+def differences(there: Plain, asked: Plain, ignored: Sequence[str] = ()) -> str:
+    """What differs between two nested mappings, in words; nothing where they are equal.
+
+    Keys that are, or lie in, one of `ignored`, as in "hardware" or "data.arguments.root", may differ.
+    """
+    before, now = flat(there), flat(asked)
     return "; ".join(
         f"{key}: {before.get(key, 'nothing')} there, {now.get(key, 'nothing')} asked for"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and not within(key, ignored)
     )
 
 
-def _flat(plain: Plain, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def within(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is, or lies in, one of some others."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def flat(plain: Plain, prefix: str = "") -> dict[str, Any]:
+    """The values of a nested mapping by their dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in plain.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ over the whole cycle.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,7 @@ def search(
     cache_dir: Path,
     console: Console | None = None,
     on_epoch: EpochHook | None = None,
+    may_differ: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the trial that `settings` describe in `run_dir`; returns its results, also in `result.json` there.
 
@@ -132,10 +133,13 @@ def search(
     results returned are then those of the last target, with the folders' names in `candidates` and the `hypervolume`
     of all (see `outcome.combined`); every candidate's `seconds_gated` are counted from the first leg on.
 
+    A folder that holds an interrupted run of the same settings is continued; where data lie may differ, and settings
+    that are, or lie in, one of `may_differ`, as "hardware".
+
     Raises Refused before any training, Diverged when a loss becomes NaN or infinite.
     """
     described = describe(settings)
-    refuse_other_settings(described, run_dir)
+    refuse_other_settings(described, run_dir, may_differ)
     result_file = run_dir / "result.json"
     if result_file.exists():
         result = read_json(result_file)

@@ -23,6 +23,9 @@ TARGET = 0.5
 DEFAULT_TASK: Plain = {"name": "classification", "arguments": {}}
 """The default task, as JSON holds it."""
 
+PLACES = ("root", "download", "workers")
+"""Arguments of data that say where and how they are read: they may differ between machines, and change no result."""
+
 ADDED: Plain = {"task": DEFAULT_TASK, "weights": None, "hardware.compile": None}
 """Settings that there were not always, and their defaults; a dot parts a mapping's key from the one within."""
 
@@ -180,6 +183,13 @@ class Settings:
         """All epochs of the cycle that the trial trains: gated ones, and those of every candidate."""
         legs = self.legs()
         return legs[-1].end + sum(self.cycle.epochs - leg.end for leg in legs)
+
+
+def setting_of(key: str) -> str:
+    """What `describe` calls a key of the configuration, as in data.root or training.dense.epochs."""
+    if key.startswith("data.") and key != "data.name":
+        return f"data.arguments.{key.removeprefix('data.')}"
+    return key.removeprefix("training.")
 
 
 def describe(settings: Settings) -> dict[str, Any]:

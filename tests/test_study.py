@@ -32,8 +32,9 @@ from nas_gate.errors import Diverged, InUse, Refused, StudyFailed
 from nas_gate.search import Moment
 from nas_gate.study import claims
 from nas_gate.study.claims import ERROR, FAILURES
+from nas_gate.study.early_stopping import EarlyStopping
 from nas_gate.study.plan import Plan, join
-from nas_gate.study.run import Job, Running, run
+from nas_gate.study.run import Job, Running, run, visible_gpus
 from nas_gate.study.samplers import SAMPLERS
 from nas_gate.study.space import Space, parse
 
@@ -388,6 +389,38 @@ def test_enqueued_trials_come_first_with_their_own_overrides(tmp_path: Path):
     assert trials_of(a_plan)[0].params == {"x": 0.25, "width": 2}
 
 
+def test_what_was_enqueued_for_failed_trials_comes_back(tmp_path: Path):
+    """After a mistake that a person mends, such as a wrong path: the study has all that was asked for."""
+    enqueue: Any = tuple({"x": x, "width": 1, "method": f"m{x}"} for x in (0.1, 0.2, 0.3))
+    a_plan = plan(tmp_path, n_trials=5, max_retries=0, max_failures=4, enqueue=enqueue)
+    job = counting(1, 0.0)
+
+    def mostly_failing(running: Running) -> Mapping[str, Any]:
+        if running.number != 1:
+            raise OSError("no such folder")
+        return job(running)
+
+    with pytest.raises(StudyFailed, match="5 trials failed"):
+        run(a_plan, mostly_failing, [], QUIET)
+    run(a_plan, job, [], QUIET)
+    finished = [trial for trial in trials_of(a_plan) if trial.state == TrialState.COMPLETE]
+    assert len(finished) == 5
+    listed = [json.loads((a_plan.folder / str(trial.number) / "overrides").read_text())[2:] for trial in finished]
+    assert sorted(each[0] for each in listed if each) == ["method=m0.1", "method=m0.2", "method=m0.3"]
+    given = sorted(trial.params["x"] for trial in finished if trial.params["x"] in (0.1, 0.2, 0.3))
+    assert given == [0.1, 0.2, 0.3]
+    before = len(trials_of(a_plan))
+    run(a_plan, job, [], QUIET)
+    assert len(trials_of(a_plan)) == before  # nothing is left to stand in for
+
+
+def test_workers_take_gpus_in_turns():
+    assert visible_gpus({}, 0) == visible_gpus({}, 1) == visible_gpus({"CUDA_VISIBLE_DEVICES": "3"}, 1) == []
+    assert visible_gpus({}, 3) == ["0", "1", "2"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "4,6"}, 2) == ["4", "6"]
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, 0) == []
+
+
 def test_enqueued_trials_are_foreseen_as_they_will_be(tmp_path: Path):
     enqueue: Any = ({"x": 0.25, "seed": 7}, {"seed": 8}, {"seed": 8})
     a_plan = plan(tmp_path, n_trials=3, enqueue=enqueue)
@@ -456,6 +489,8 @@ def test_another_study_in_the_folder_is_refused_with_what_differs(tmp_path: Path
         ({"constraints": {"macs": "40M"}}, "'macs' must be a finite number, but got '40M'"),
         ({"space": Space({})}, "at least one parameter"),
         ({"enqueue": ({"x": 2},)}, "x=2 is no value of x in the space"),
+        ({"space": space("y=range(0.2,0.6,0.1)"), "enqueue": ({"y": 0.33},)}, "y=0.33 is no value of y in the space"),
+        ({"sampler": "gp", "early_stopping": EarlyStopping(0.02)}, "must be null with the sampler gp"),
         ({"storage": "mysql://host/x"}, "storage must be null, sqlite"),
         ({"storage": "postgresql://nobody@127.0.0.1:1/x"}, "127.0.0.1:1/x cannot be reached"),
         ({"storage": "grpc://127.0.0.1"}, "must be grpc://HOST:PORT"),

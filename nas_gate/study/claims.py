@@ -2,9 +2,9 @@
 
 The rules, all by Optuna's public interface and so on every storage:
 
-*Budget.* A trial counts unless it failed for good. A process that finds fewer than `n_trials` asks for another one,
-and looks again: Optuna numbers trials without gaps, so a new trial with `n_trials` counted ones below it is surplus,
-and gives way before anything is run. However many processes ask at once, the same `n_trials` stay.
+*Budget.* A trial counts unless it failed for good or waits for its turn. A process that finds fewer than `n_trials`
+asks for another one, and looks again: Optuna numbers trials without gaps, so a new trial with `n_trials` counted ones
+below it is surplus, and gives way before anything is run. However many processes ask at once, the same `n_trials` stay.
 
 *Ownership.* A trial runs from its creation to its end, even if its processes die on the way: who runs it stands in a
 user attribute, as the machine, the process, and a mark unique to the claim. While it runs, its process holds a lock
@@ -37,6 +37,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from nas_gate.study.plan import Joined
+from nas_gate.study.samplers import ENTRY, entry_of
 from nas_gate.study.storage import Lock, in_folder, locked
 
 OWNER, HEARTBEAT = "study:owner", "study:heartbeat"
@@ -50,7 +51,7 @@ NOBODY = "nobody"
 
 def counts(trial: FrozenTrial) -> bool:
     """Whether a trial is part of the budget."""
-    return trial.state != TrialState.FAIL
+    return trial.state not in (TrialState.FAIL, TrialState.WAITING)
 
 
 def surplus(number: int, trials: Sequence[FrozenTrial], n_trials: int) -> bool:
@@ -62,6 +63,20 @@ def finished(trials: Sequence[FrozenTrial], n_trials: int) -> bool:
     """Whether all is done; a trial that nobody has made its own yet, or that gives way at present, is not."""
     unclear = any(trial.state == TrialState.RUNNING and OWNER not in trial.user_attrs for trial in trials)
     return sum(trial.state in FINISHED for trial in trials) >= n_trials and not unclear
+
+
+def stand_in(joined: Joined) -> None:
+    """Enqueue again what was enqueued for trials that have failed for good, so that the study does not lack it.
+
+    For the beginning of a run: what a person has mended meanwhile (a wrong path, a full disk) may do now.
+    """
+    with locked(joined.plan.folder / ".claims" / "stand-in"):
+        trials = joined.study.get_trials(deepcopy=False)
+        entries = {trial.number: entry_of(trial.number, trial.user_attrs, trials) for trial in trials}
+        held = {entries[trial.number] for trial in trials if trial.state != TrialState.FAIL}
+        for entry in sorted({*entries.values()} - held):
+            if entry < len(joined.plan.enqueue):
+                joined.study.enqueue_trial({}, user_attrs={ENTRY: entry})
 
 
 def this_machine() -> str:

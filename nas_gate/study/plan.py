@@ -19,9 +19,9 @@ from optuna.trial import Trial
 
 from nas_gate.errors import Refused
 from nas_gate.files import write_text
-from nas_gate.folders import differences
+from nas_gate.folders import differences, within
 from nas_gate.study.early_stopping import EarlyStopping
-from nas_gate.study.samplers import PerTrial, make_sampler
+from nas_gate.study.samplers import PerTrial, given, make_sampler
 from nas_gate.study.space import Space, as_overrides
 from nas_gate.study.storage import open_storage, shown
 from nas_gate.training import require
@@ -34,10 +34,11 @@ DIRECTIONS = ("maximize", "minimize")
 class Plan:
     """A study and how this process takes part; `folder` holds one numbered folder per trial.
 
-    The first fields, up to `fixed`, define the study: all who take part must have them the same. `enqueue` are
+    The first fields, up to `settings`, define the study: all who take part must have them the same. `enqueue` are
     the first trials: keys of the space with their values, and other keys, which become overrides of that
     trial. `fixed` are the overrides of all trials; keys that are, or begin with, one of `may_differ` may differ
-    between those who take part. `storage` None is a journal file in `folder`; `n_workers`
+    between those who take part. `settings` are all others, as a trial at the first ends of the space has them: what
+    files say may change, too. `storage` None is a journal file in `folder`; `n_workers`
     0 runs the trials in this process. Refused names the field that is wrong.
     """
 
@@ -50,6 +51,7 @@ class Plan:
     seed: int = 0
     enqueue: tuple[Mapping[str, Any], ...] = ()
     fixed: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
     may_differ: tuple[str, ...] = ()
     folder: Path = Path("runs/studies/unnamed")
     storage: str | None = None
@@ -88,8 +90,8 @@ class Plan:
                 "and would ask for the same point again and again."
             )
         self.make_sampler(0)
-        for given in self.enqueue:
-            for name, value in given.items():
+        for listed in self.enqueue:
+            for name, value in listed.items():
                 if name in self.space.parameters:
                     self.space.parameters[name].check(name, value)
 
@@ -99,8 +101,8 @@ class Plan:
 
     def overrides(self, trial: Trial) -> list[str]:
         """What a trial is run with: the overrides of all trials, its own values, and what else was enqueued for it."""
-        given = self.enqueue[trial.number] if trial.number < len(self.enqueue) else {}
-        others = {name: value for name, value in given.items() if name not in self.space.parameters}
+        listed = given(self.enqueue, trial.study, trial)
+        others = {name: value for name, value in listed.items() if name not in self.space.parameters}
         return [*self.fixed, *self.space.overrides(trial), *as_overrides(others)]
 
     def foreseen(self) -> Iterator[list[str]]:
@@ -113,9 +115,9 @@ class Plan:
                 yield [*self.fixed, *overrides]
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=PerTrial(self.make_sampler, self.enqueue))  # in memory
-        for number, given in enumerate(self.enqueue):
+        for number, listed in enumerate(self.enqueue):
             trial = study.ask(fixed_distributions=self.space.distributions)
-            if given not in self.enqueue[:number]:
+            if listed not in self.enqueue[:number]:
                 yield self.overrides(trial)
 
     def definition(self) -> dict[str, Any]:
@@ -128,17 +130,18 @@ class Plan:
                     "constraints": {name: float(bound) for name, bound in self.constraints.items()},
                     "sampler": {"name": self.sampler, **self.sampler_arguments},
                     "seed": self.seed,
-                    "enqueue": [dict(given) for given in self.enqueue],
-                    "overrides": [override for override in self.fixed if not self._may_differ(override)],
+                    "enqueue": [dict(listed) for listed in self.enqueue],
+                    "overrides": [
+                        override
+                        for override in self.fixed
+                        if not within(override.partition("=")[0].lstrip("+~"), self.may_differ)
+                    ],
+                    "settings": dict(self.settings),
                 },
                 default=str,
             )
         )
         return plain
-
-    def _may_differ(self, override: str) -> bool:
-        key = override.partition("=")[0].lstrip("+~")
-        return any(key == name or key.startswith(f"{name}.") for name in self.may_differ)
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,8 @@ def join(plan: Plan) -> Joined:
 
 
 def _refuse_difference(there: Mapping[str, Any], asked: Mapping[str, Any], where: str) -> None:
+    if "settings" not in there:  # a study of an earlier version
+        asked = {key: value for key, value in asked.items() if key != "settings"}
     if differing := differences(there, asked):
         raise Refused(
             f"{where} is another study ({differing}). Choose another name (hydra.sweeper.study=...), "

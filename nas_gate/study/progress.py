@@ -13,6 +13,7 @@ from rich.table import Table
 from nas_gate.errors import StudyFailed
 from nas_gate.study.claims import ERROR, FATAL, FINISHED, SURPLUS, finished
 from nas_gate.study.plan import Joined
+from nas_gate.study.samplers import given
 from nas_gate.study.storage import shown
 
 SECONDS = "seconds"
@@ -65,10 +66,10 @@ class Progress:
         study, plan = self._joined.study, self._joined.plan
         front = sorted(study.best_trials, key=lambda trial: trial.values)
         values = [self._values(trial) for trial in front]
-        names = sorted({name for given in values for name in given})
+        names = sorted({name for own in values for name in own})
         table = Table("trial", *names, *plan.objectives, title=f"front of {plan.name}: {len(front)} trials")
-        for trial, given in zip(front, values):
-            shown = [value_text(given.get(name, "")) for name in names]
+        for trial, own in zip(front, values):
+            shown = [value_text(own.get(name, "")) for name in names]
             table.add_row(str(trial.number), *shown, *map(value_text, trial.values))
         for column in table.columns:
             column.justify = "right"
@@ -76,8 +77,7 @@ class Progress:
 
     def _values(self, trial: FrozenTrial) -> dict[str, Any]:
         """What tells the trial from others: what was drawn for it, and what it was given."""
-        enqueued = self._joined.plan.enqueue
-        return {**(enqueued[trial.number] if trial.number < len(enqueued) else {}), **trial.params}
+        return {**given(self._joined.plan.enqueue, self._joined.study, trial), **trial.params}
 
     def _left(self, done: int) -> str:
         new, left = done - self._done_before, self._joined.plan.n_trials - done
@@ -91,7 +91,7 @@ class Progress:
 
 def describe(trial: FrozenTrial, values: Mapping[str, Any], objectives: Mapping[str, str]) -> str:
     """One line on a trial that has ended; `values` are what it was run with."""
-    given = ", ".join(f"{name}={value_text(value)}" for name, value in values.items())
+    with_what = ", ".join(f"{name}={value_text(value)}" for name, value in values.items())
     if trial.state == TrialState.COMPLETE:
         what = ", ".join(f"{name} {value_text(value)}" for name, value in zip(objectives, trial.values))
     elif trial.state == TrialState.PRUNED:
@@ -99,7 +99,7 @@ def describe(trial: FrozenTrial, values: Mapping[str, Any], objectives: Mapping[
     else:
         what = f"failed: {trial.user_attrs.get(ERROR)}"
     seconds = trial.user_attrs.get(SECONDS)
-    return f"trial {trial.number} ({given}): {what}" + (f" ({duration(seconds)})" if seconds is not None else "")
+    return f"trial {trial.number} ({with_what}): {what}" + (f" ({duration(seconds)})" if seconds is not None else "")
 
 
 def value_text(value: Any) -> str:

@@ -28,12 +28,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from optuna.trial import TrialState
 from rich.console import Console
 
 from nas_gate.errors import InUse, StudyFailed
 from nas_gate.search import EpochHook, Moment
-from nas_gate.study.claims import BEATS, ERROR, FATAL, Claim, Claims, run_lock
+from nas_gate.study.claims import BEATS, ERROR, FATAL, Claim, Claims, run_lock, stand_in
 from nas_gate.study.context import Lost, Stopped
 from nas_gate.study.plan import Joined, Plan, join
 from nas_gate.study.progress import SECONDS, Progress
@@ -72,6 +73,7 @@ def run(plan: Plan, job: Job, command: Sequence[str], console: Console | None = 
         if supervisor is not None:
             work(joined, job, supervisor)
             return
+        stand_in(joined)
         identity = uuid.uuid4().hex[:12]
         progress = Progress(joined, console or Console())
         lock = run_lock(plan.folder, identity)
@@ -216,15 +218,27 @@ class _Worker:
         self.process = None
 
 
+def visible_gpus(environment: Mapping[str, str], count: int) -> list[str]:
+    """What workers take in turns, as CUDA_VISIBLE_DEVICES names them: nothing where there is only one GPU or none."""
+    named = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    gpus = named.split(",")
+    return gpus if len(gpus) > 1 else []
+
+
 class _Supervisor:
     def __init__(self, plan: Plan, progress: Progress, command: Sequence[str], identity: str) -> None:
         self._plan, self._progress, self._seen = plan, progress, time.monotonic()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = {"OMP_NUM_THREADS": str(max(1, cores // plan.n_workers))}
         environment = {**threads, **os.environ, WORKER: identity}  # a number that a person has set stays
+        devices = visible_gpus(os.environ, torch.cuda.device_count())
         logs = plan.folder / "logs"
         self._workers = [
-            _Worker(command, environment, logs / f"{platform.node()}-{os.getpid()}-{index}.log")
+            _Worker(
+                command,
+                {**environment, **({"CUDA_VISIBLE_DEVICES": devices[index % len(devices)]} if devices else {})},
+                logs / f"{platform.node()}-{os.getpid()}-{index}.log",
+            )
             for index in range(plan.n_workers)
         ]
 

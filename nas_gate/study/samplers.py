@@ -24,7 +24,7 @@ from optuna.samplers import (
     RandomSampler,
     TPESampler,
 )
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from nas_gate.errors import Refused
 
@@ -69,6 +69,29 @@ def make_sampler(name: str, arguments: Mapping[str, Any], seed: int, number: int
             raise Refused(f"sampler {name}: {error}") from error
 
 
+ENTRY = "study:entry"
+"""A trial's attribute: the entry of `enqueue` that it has in place of a trial that failed for good."""
+
+
+def entry_of(number: int, attributes: Mapping[str, Any], trials: Sequence[FrozenTrial]) -> int:
+    """Which entry of `enqueue` a trial has; none if there are not so many.
+
+    Trials have them in turn, but those that stand in for failed ones, which have theirs from the beginning. So it
+    follows from what lower-numbered trials were made with, and is the same whoever asks, and when.
+    """
+    if ENTRY in attributes:
+        return int(attributes[ENTRY])
+    return number - sum(ENTRY in trial.user_attrs for trial in trials if trial.number < number)
+
+
+def given(enqueue: Sequence[Mapping[str, Any]], study: Study, trial: FrozenTrial | Trial) -> Mapping[str, Any]:
+    """What `enqueue` gives a trial."""
+    if not enqueue:
+        return {}
+    entry = entry_of(trial.number, trial.user_attrs, study.get_trials(deepcopy=False))
+    return enqueue[entry] if entry < len(enqueue) else {}
+
+
 class PerTrial(BaseSampler):
     """A sampler for every trial from `make(number)`; the first trials take the values in `fixed`."""
 
@@ -81,17 +104,14 @@ class PerTrial(BaseSampler):
             self._number, self._sampler = trial.number, self._make(trial.number)
         return self._sampler
 
-    def _given(self, trial: FrozenTrial) -> Mapping[str, Any]:
-        return self._fixed[trial.number] if trial.number < len(self._fixed) else {}
-
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """As the trial's sampler does."""
         self._of(trial).before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """What the trial's sampler draws together, without what is given."""
-        space = self._of(trial).infer_relative_search_space(study, trial)
-        return {name: of for name, of in space.items() if name not in self._given(trial)}
+        space, fixed = self._of(trial).infer_relative_search_space(study, trial), given(self._fixed, study, trial)
+        return {name: of for name, of in space.items() if name not in fixed}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -103,9 +123,9 @@ class PerTrial(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """The given value, or one of the trial's sampler."""
-        given = self._given(trial)
-        if param_name in given:
-            return given[param_name]
+        fixed = given(self._fixed, study, trial)
+        if param_name in fixed:
+            return fixed[param_name]
         return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:

@@ -18,6 +18,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,14 +33,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nas_gate.errors import Refused
+from nas_gate.folders import flat, within
+from nas_gate.settings import setting_of
 from nas_gate.study.context import looking_on
 from nas_gate.study.early_stopping import EarlyStopping
 from nas_gate.study.plan import Plan
 from nas_gate.study.run import WORKER, Running, run
 from nas_gate.study.space import Space, as_overrides, load_function, parse
 
-Check = Callable[[Any], object]
-"""Raises Refused for a trial's whole configuration, as plain values, that no trial can be run with."""
+Check = Callable[[Any], Mapping[str, Any]]
+"""A trial's whole configuration, as plain values -> its settings, as JSON holds them; Refused where there are none."""
 
 _command: list[str] = []
 _check: list[Check] = []
@@ -80,6 +83,12 @@ class StudySweeper(Sweeper):
                 f"In a study, `hardware.devices` must be 1, but is {devices!r}: more workers use more devices."
             )
         plan = plan_of(self._settings, arguments, Path(str(self._config.hydra.sweep.dir)), self._loader)
+        first = plan.space.ends()[0]
+        settings, may_differ = (
+            flat(self._settings_of([*plan.fixed, *first], first)),
+            [*map(setting_of, plan.may_differ)],
+        )
+        plan = replace(plan, settings={key: value for key, value in settings.items() if not within(key, may_differ)})
 
         def job(running: Running) -> Mapping[str, Any]:
             with looking_on(running.on_epoch):
@@ -105,16 +114,17 @@ class StudySweeper(Sweeper):
             )
         if WORKER not in os.environ:  # its supervisor has looked
             for overrides in plan.foreseen():
-                self._refuse_without_settings(overrides, overrides[len(plan.fixed) :])
+                self._settings_of(overrides, overrides[len(plan.fixed) :])
 
-    def _refuse_without_settings(self, overrides: Sequence[str], own: Sequence[str]) -> None:
+    def _settings_of(self, overrides: Sequence[str], own: Sequence[str]) -> Mapping[str, Any]:
+        """The settings of a trial with these overrides; Refused names those that are the trial's own."""
         try:
             config = self._loader.load_sweep_config(self._config, list(overrides))
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = 0
             HydraConfig.instance().set_config(config)  # as a launcher does, for ${hydra:...} in a configuration
             job = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-            _check[0](OmegaConf.to_container(job, resolve=True, throw_on_missing=True))
+            return _check[0](OmegaConf.to_container(job, resolve=True, throw_on_missing=True))
         except (Refused, HydraException, OmegaConfBaseException) as error:
             raise Refused(f"No trial can have {' '.join(own)}: {error}") from error
 
