@@ -20,6 +20,7 @@ import pandas as pd
 
 from nas_gate import latency
 from nas_gate.candidate import CandidateError, read
+from nas_gate.folders import flat
 from nas_gate.pareto import check_table, required
 from nas_gate.quality import ACCURACY, Quality, quality_of
 from nas_gate.settings import PLACES
@@ -188,8 +189,8 @@ def _row(study: str, trial: int, run: Path, settings: Plain, result: Plain, qual
         quality.test: None,  # where it was not asked for
         **{key: value for key, value in figures.items() if key not in ("seed", "target", "trial")},
         **{
-            f"param.{key}": value
-            for key, value in _flat(settings)
+            f"param.{key}": json.dumps(value) if isinstance(value, list) else value  # so that they can be grouped
+            for key, value in flat(settings).items()
             if key not in (*OWN_COLUMN, *(f"data.arguments.{name}" for name in PLACES))
         },
     }
@@ -208,15 +209,6 @@ def _row(study: str, trial: int, run: Path, settings: Plain, result: Plain, qual
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _flat(plain: Plain, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values; lists as text, so that they can be compared and grouped."""
-    for key, value in plain.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, (list, Mapping)) else value
 
 
 def _varying(table: pd.DataFrame) -> pd.DataFrame:

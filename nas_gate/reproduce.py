@@ -122,13 +122,7 @@ def _written(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_written, value)) + "]"
     text = str(value)
-    if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_/.:-]*", text) and text.lower() not in (
-        "null",
-        "true",
-        "false",
-        "nan",
-        "inf",
-    ):
+    if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_/.:-]*", text) and text.lower() not in NOT_TEXT:
         return text
     # backslashes stand for themselves except before a quote and at the end; OmegaConf would look `${...}` up
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

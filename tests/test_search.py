@@ -19,6 +19,7 @@ from nas_gate import baselines, budgets, data, folders, landing, models, prepare
 from nas_gate.collect import collect
 from nas_gate.errors import Diverged, InUse, Refused
 from nas_gate.search import Gating, Named, Settings
+from nas_gate.settings import describe, setting_of
 from nas_gate.training import Hardware, Recipe
 
 RECIPE = Recipe(epochs=2, learning_rate=0.05, clip_norm=1.0)
@@ -533,6 +534,20 @@ def test_without_a_compiler_compiling_is_refused_before_any_training(tmp_path: P
     with pytest.raises(Refused, match=r"`hardware.compile` must be null .* here: .*no such compiler.*\Z"):
         run(tmp_path, changed(hardware=Hardware(accelerator="cpu", compile="default")))
     assert not (tmp_path / "run").exists()
+
+
+def test_where_data_lie_and_what_may_differ_make_no_other_run(tmp_path: Path):
+    there = describe(changed(data=Named("digits", {"root": "a"})))
+    folders.write_json(tmp_path / "settings.json", there)
+    moved = describe(changed(data=Named("digits", {"root": "b", "workers": 2})))
+    folders.refuse_other_settings(moved, tmp_path)
+    wide = moved | {"hardware": {**moved["hardware"], "precision": "bf16-mixed"}}
+    with pytest.raises(Refused, match=r"\(hardware\.precision: 32-true there, bf16-mixed asked for\)"):
+        folders.refuse_other_settings(wide, tmp_path)
+    folders.refuse_other_settings(wide, tmp_path, ["hardware"])
+    assert [*map(setting_of, ("data.root", "data.name", "training.dense.epochs", "hardware"))] == [
+        *("data.arguments.root", "data.name", "dense.epochs", "hardware"),
+    ]
 
 
 def test_begins_with_the_weights_of_a_file(whole: tuple[Path, dict[str, Any], str], tmp_path: Path):

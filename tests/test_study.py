@@ -33,7 +33,7 @@ from nas_gate.search import Moment
 from nas_gate.study import claims
 from nas_gate.study.claims import ERROR, FAILURES
 from nas_gate.study.early_stopping import EarlyStopping
-from nas_gate.study.plan import Plan, join
+from nas_gate.study.plan import Plan, _refuse_difference, join
 from nas_gate.study.run import Job, Running, run, visible_gpus
 from nas_gate.study.samplers import SAMPLERS
 from nas_gate.study.space import Space, parse
@@ -463,6 +463,10 @@ def test_another_study_in_the_folder_is_refused_with_what_differs(tmp_path: Path
         Refused, match=r"objectives: .*macs.*seed: 0 there, 1 asked.*space\.width: .*space\.x: .*high=1"
     ):
         run(other, counting(1, 0.0), [], QUIET)
+    with pytest.raises(Refused, match=r"\(settings\.dense\.epochs: nothing there, 6 asked for\)"):
+        run(replace(a_plan, settings={"dense.epochs": 6}), counting(1, 0.0), [], QUIET)
+    earlier = json.loads((a_plan.folder / "study.json").read_text())
+    _refuse_difference({k: v for k, v in earlier.items() if k != "settings"}, earlier, "a study of an earlier version")
     (a_plan.folder / "study.json").unlink()  # the storage knows as well
     with pytest.raises(Refused, match="seed: 0 there, 1 asked"):
         run(other, counting(1, 0.0), [], QUIET)

@@ -212,6 +212,28 @@ def test_a_mistake_is_one_message_and_nothing_is_run(
     assert not list(tmp_path.glob("runs/studies/*/[0-9]*"))
 
 
+def test_a_sweeps_file_that_changed_makes_another_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """What its command does not say, the study knows all the same; where and how it is computed may differ."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    file = tmp_path / "own" / "sweep" / "edited.yaml"
+    file.parent.mkdir(parents=True)
+    text = (
+        "# @package _global_\ndefaults:\n  - override /experiment: debug\nmodel:\n  arguments:\n    width: 0.25\n"
+        "hydra:\n  sweeper:\n    study: edited\n    n_trials: 1\n    n_workers: 0\n    params:\n      seed: range(3)\n"
+    )
+    file.write_text(text)
+    command = ["search", "-m", "--config-dir", "own", "+sweep=edited"]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "hardware.channels_last=false"]) == 0
+    capsys.readouterr()
+    file.write_text(text.replace("hydra:\n", "training:\n  dense:\n    epochs: 6\nhydra:\n"))
+    assert cli.main(command) == 2
+    assert "another study (settings.dense.epochs: 2 there, 6 asked for)" in capsys.readouterr().err
+
+
 # --- the space ----------------------------------------------------------------------------------------------
 
 
