@@ -84,10 +84,8 @@ class StudySweeper(Sweeper):
             )
         plan = plan_of(self._settings, arguments, Path(str(self._config.hydra.sweep.dir)), self._loader)
         first = plan.space.ends()[0]
-        settings, may_differ = (
-            flat(self._settings_of([*plan.fixed, *first], first)),
-            [*map(setting_of, plan.may_differ)],
-        )
+        settings = flat(self._settings_of([*plan.fixed, *first], first))
+        may_differ = [setting_of(key) for key in plan.may_differ]
         plan = replace(plan, settings={key: value for key, value in settings.items() if not within(key, may_differ)})
 
         def job(running: Running) -> Mapping[str, Any]:
