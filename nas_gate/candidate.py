@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -257,3 +258,16 @@ def _registered(folder: Path, model: Mapping[str, Any]) -> nn.Module:
         return models.build(name, **models.without_weights(name, arguments))
     except (TypeError, ValueError) as error:
         raise CandidateError(f"{folder} names arguments that the model {name!r} does not take: {error}") from error
+
+
+def next_steps(path: str, pad_to: int) -> tuple[str, str]:
+    """How a candidate is loaded in Python, and exported as it was measured."""
+    from nas_gate import models
+
+    registered = read(Path(path)).model.get("name") in models.names()
+    factory, option = ("", "") if registered else (", factory=...", " --factory MODULE:FUNCTION")
+    padding = f" --pad-to {pad_to}" if pad_to > 1 else ""
+    return (
+        f"import nas_gate; model = nas_gate.load({path!r}{factory})",
+        f"nas-gate export {shlex.quote(path)}{padding}{option}",
+    )

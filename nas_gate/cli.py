@@ -160,8 +160,8 @@ def _run(config: DictConfig, run_dir: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from rich.console import Console
 
+    from nas_gate.described import setting_of
     from nas_gate.search import search
-    from nas_gate.settings import setting_of
     from nas_gate.study.context import epoch_hook
 
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -211,7 +211,7 @@ def register_resolvers() -> None:
     from omegaconf import OmegaConf
 
     from nas_gate import folders
-    from nas_gate.settings import PLACES, without_added
+    from nas_gate.described import PLACES, without_added
 
     def digest(*, _root_: DictConfig) -> str:
         whole: Any = OmegaConf.to_container(OmegaConf.masked_copy(_root_, list(SETTINGS)), resolve=True)

@@ -20,10 +20,9 @@ import pandas as pd
 
 from nas_gate import latency
 from nas_gate.candidate import CandidateError, read
-from nas_gate.folders import flat
+from nas_gate.described import PLACES, flat
 from nas_gate.pareto import check_table, required
 from nas_gate.quality import ACCURACY, Quality, quality_of
-from nas_gate.settings import PLACES
 
 Plain = Mapping[str, Any]
 

@@ -207,6 +207,7 @@ def select(arguments: Sequence[str]) -> None:
 
     with _mistakes():
         from nas_gate import selection
+        from nas_gate.candidate import next_steps
 
         collected = _collected(options.studies)
         needed = [selection.COSTS.get(options.prefer), *(["latency_ms"] if options.max_latency_ms else [])]
@@ -235,7 +236,7 @@ def select(arguments: Sequence[str]) -> None:
         print(selection.describe(choice))
         if collected.latency is not None:
             print(f"\nLatency: {collected.latency}.")
-        loading, exporting = selection.next_steps(str(choice.row["path"]), collected.pad_to)
+        loading, exporting = next_steps(str(choice.row["path"]), collected.pad_to)
         print(f"\nLoad it:    {loading}\nDeploy it:  {exporting}")
 
 

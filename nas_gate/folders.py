@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 from lightning_fabric import Fabric
 from rich.console import Console
 
+from nas_gate.described import PLACES, Plain, differences
 from nas_gate.errors import InUse, Refused
 from nas_gate.files import write_text
-from nas_gate.settings import PLACES, Plain
 
 
 @contextmanager
@@ -54,32 +54,6 @@ def refuse_other_settings(described: Plain, run_dir: Path, may_differ: Sequence[
             f"{run_dir} holds a run with other settings ({differing}). "
             "Choose another folder, or ask for the same settings to continue that run."
         )
-
-
-def differences(there: Plain, asked: Plain, ignored: Sequence[str] = ()) -> str:
-    """What differs between two nested mappings, in words; nothing where they are equal.
-
-    Keys that are, or lie in, one of `ignored`, as in "hardware" or "data.arguments.root", may differ.
-    """
-    before, now = flat(there), flat(asked)
-    return "; ".join(
-        f"{key}: {before.get(key, 'nothing')} there, {now.get(key, 'nothing')} asked for"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not within(key, ignored)
-    )
-
-
-def within(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted key is, or lies in, one of some others."""
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def flat(plain: Plain, prefix: str = "") -> dict[str, Any]:
-    """The values of a nested mapping by their dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in plain.items():
-        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

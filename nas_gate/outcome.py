@@ -12,12 +12,13 @@ from rich.table import Table
 
 from nas_gate import models
 from nas_gate.cost import MEASURED
+from nas_gate.described import Plain
 from nas_gate.latency import measured_on
 from nas_gate.pareto import hypervolume
 from nas_gate.prepare import Prepared, task_of
 from nas_gate.quality import RECORD, Quality
 from nas_gate.removal import Removed
-from nas_gate.settings import Leg, Plain, Settings
+from nas_gate.settings import Leg, Settings
 from nas_gate.tasks import Metric
 from nas_gate.training import Epoch
 

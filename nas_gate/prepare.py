@@ -17,6 +17,7 @@ from nas_gate import baselines, models
 from nas_gate import data as datasets
 from nas_gate.analysis import attach
 from nas_gate.budgets import Budget, make_budget
+from nas_gate.described import Plain
 from nas_gate.errors import Refused
 from nas_gate.folders import digest, file_name, held
 from nas_gate.gates import make_gate
@@ -25,7 +26,7 @@ from nas_gate.landing import choose, reachable
 from nas_gate.latency import batch
 from nas_gate.measuring import identify, measure_latency
 from nas_gate.modules import Choice
-from nas_gate.settings import Plain, Settings
+from nas_gate.settings import Settings
 from nas_gate.tasks import Task, make_task
 from nas_gate.training import Hardware, Loader, compiled, connect, output_of, place, seed_everything
 

@@ -19,7 +19,7 @@ import pandas as pd
 from torch import nn
 
 from nas_gate import models
-from nas_gate.candidate import CandidateError, read
+from nas_gate.candidate import CandidateError, next_steps, read
 from nas_gate.collect import Collected, run_of
 from nas_gate.cost import MEASURED
 from nas_gate.export import widths
@@ -27,7 +27,6 @@ from nas_gate.pareto import column, marked, summary
 from nas_gate.plots import AXES, COLOURS, figure_data, method_order
 from nas_gate.quality import Quality
 from nas_gate.removal import cut_model
-from nas_gate.selection import next_steps
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 INSTALL = "pip install 'nas-gate[report]'"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nas_gate.cost import MEASURED, METRICS
-from nas_gate.settings import with_added
+from nas_gate.described import with_added
 
 Plain = Mapping[str, Any]
 Compose = Callable[[Sequence[str]], Plain]

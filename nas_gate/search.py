@@ -33,13 +33,14 @@ from nas_gate.analysis import remove_with_proof
 from nas_gate.baselines import spread_gates
 from nas_gate.budgets import GateController
 from nas_gate.cost import MEASURED
+from nas_gate.described import Plain
 from nas_gate.folders import digest, file_name, held, read_json, refuse_other_settings, write_json
 from nas_gate.import_paths import is_import_path, source_digest
 from nas_gate.measuring import fastest, on_processor
 from nas_gate.outcome import Stage, announce, announce_leg, combined, figures, named, report, tell
 from nas_gate.prepare import Prepared, decide, example_input, load_data, prepare, refusing, seeded_model, timed_input
 from nas_gate.removal import Removed
-from nas_gate.settings import Distillation, Gating, Leg, Named, Plain, Settings, Timing, describe, versions
+from nas_gate.settings import Distillation, Gating, Leg, Named, Settings, Timing, describe, versions
 from nas_gate.training import Controller, Epoch, distilled, evaluate, fit, optimiser, place
 
 __all__ = [

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from nas_gate import models
-from nas_gate.candidate import read
 from nas_gate.pareto import Objectives, check_table, chord_distance, column, front, knee
 from nas_gate.quality import ACCURACY, Quality
 
@@ -335,14 +331,3 @@ def describe(choice: Choice) -> str:
         for other in choice.runners_up:
             lines += [f"  - {_label(other.row)}", f"    {other.difference}"]
     return "\n".join(lines)
-
-
-def next_steps(path: str, pad_to: int) -> tuple[str, str]:
-    """How a candidate is loaded in Python, and exported as it was measured."""
-    registered = read(Path(path)).model.get("name") in models.names()
-    factory, option = ("", "") if registered else (", factory=...", " --factory MODULE:FUNCTION")
-    padding = f" --pad-to {pad_to}" if pad_to > 1 else ""
-    return (
-        f"import nas_gate; model = nas_gate.load({path!r}{factory})",
-        f"nas-gate export {shlex.quote(path)}{padding}{option}",
-    )

@@ -11,23 +11,13 @@ from typing import Any
 
 from nas_gate.baselines import BASELINES
 from nas_gate.cost import MEASURED, check_budgets
+from nas_gate.described import DEFAULT_TASK, Plain, without_added
 from nas_gate.training import Hardware, Recipe, require
-
-Plain = Mapping[str, Any]
 
 METHODS = ("gates", *BASELINES)
 """How units are chosen: by learned gates, or by a score of `nas_gate.baselines`."""
 
 TARGET = 0.5
-
-DEFAULT_TASK: Plain = {"name": "classification", "arguments": {}}
-"""The default task, as JSON holds it."""
-
-PLACES = ("root", "download", "workers")
-"""Arguments of data that say where and how they are read: they may differ between machines, and change no result."""
-
-ADDED: Plain = {"task": DEFAULT_TASK, "weights": None, "hardware.compile": None}
-"""Settings that there were not always, and their defaults; a dot parts a mapping's key from the one within."""
 
 
 @dataclass(frozen=True)
@@ -185,40 +175,9 @@ class Settings:
         return legs[-1].end + sum(self.cycle.epochs - leg.end for leg in legs)
 
 
-def setting_of(key: str) -> str:
-    """What `describe` calls a key of the configuration, as in data.root or training.dense.epochs."""
-    if key.startswith("data.") and key != "data.name":
-        return f"data.arguments.{key.removeprefix('data.')}"
-    return key.removeprefix("training.")
-
-
 def describe(settings: Settings) -> dict[str, Any]:
     """`settings` as JSON holds them, but for what `without_added` leaves out."""
     return without_added(json.loads(json.dumps(asdict(settings), default=str)))
-
-
-def without_added(plain: Plain, within: str = "") -> dict[str, Any]:
-    """`plain` without what is in ADDED and at its default, so that the folders of earlier runs stay theirs.
-
-    `within` is what comes before the keys of `plain` in ADDED's.
-    """
-    return {
-        key: without_added(value, f"{within}{key}.") if isinstance(value, Mapping) else value
-        for key, value in plain.items()
-        if f"{within}{key}" not in ADDED or value != ADDED[f"{within}{key}"]
-    }
-
-
-def with_added(plain: Plain) -> dict[str, Any]:
-    """The reverse of `without_added`: settings with all that it leaves out."""
-    whole = dict(plain)
-    for key, default in ADDED.items():
-        outer, _, inner = key.rpartition(".")
-        if not outer:
-            whole.setdefault(key, default)
-        elif outer in whole:
-            whole[outer] = {inner: default, **whole[outer]}
-    return whole
 
 
 def versions() -> dict[str, str]:

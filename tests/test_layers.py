@@ -9,11 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "nas_gate"
 LAYERS: dict[str, set[str]] = {
-    name: set() for name in ("errors", "files", "gates", "modules", "attention", "quality", "tasks")
+    name: set() for name in ("errors", "files", "gates", "modules", "attention", "quality", "import_paths", "described")
 }
 LAYERS["pareto"] = {"quality"}
 LAYERS["latency"] = {"files"}
-LAYERS["structure"] = LAYERS["models"] = {"modules"}
+LAYERS["tasks"] = {"import_paths"}
+LAYERS["structure"] = {"modules"}
+LAYERS["models"] = {"import_paths", "modules"}
 LAYERS["data"] = {"tasks"}
 LAYERS["latency_table"] = {"structure"}
 LAYERS["cost"] = {"latency_table", "structure"}
@@ -28,12 +30,13 @@ LAYERS["analysis"] = {"cost", "gates", "gating", "landing", "modules", "removal"
 LAYERS["padding"] = {"analysis", "gating", "removal", "structure"}
 LAYERS["training"] = {"data", "errors", "files", "tasks"}
 LAYERS["baselines"] = {"gating", "structure"}
-LAYERS["settings"] = {"baselines", "cost", "errors", "training"}
+LAYERS["settings"] = {"baselines", "cost", "described", "errors", "training"}
 LAYERS["budgets"] = {"gating", "settings", "training"}
-LAYERS["folders"] = {"errors", "files", "settings"}
+LAYERS["folders"] = {"described", "errors", "files"}
 LAYERS["prepare"] = {*LAYERS} - {"candidate", "inspect", "pareto"}
 LAYERS["outcome"] = {
     "cost",
+    "described",
     "latency",
     "models",
     "pareto",
@@ -49,10 +52,10 @@ LAYERS["selection"] = {"pareto", "quality"}
 LAYERS["plots"] = {"files", "pareto", "quality", "selection"}
 LAYERS["exported"] = {"latency", "quality"}
 LAYERS["export"] = {"candidate", "cost", "exported", "latency", "models", "padding", "removal", "structure"}
-LAYERS["collect"] = {"candidate", "latency", "pareto", "quality"}
+LAYERS["collect"] = {"candidate", "described", "latency", "pareto", "quality"}
 LAYERS["table"] = {"collect", "pareto", "plots", "quality", "selection"}
-LAYERS["report"] = {"candidate", "collect", "export", "models", "pareto", "plots", "quality", "removal"}
-LAYERS["reproduce"] = {"cost"}
+LAYERS["report"] = {"candidate", "collect", "cost", "export", "models", "pareto", "plots", "quality", "removal"}
+LAYERS["reproduce"] = {"cost", "described"}
 LAYERS["commands"] = {*LAYERS}
 LAYERS["study"] = {*LAYERS}
 LAYERS["cli"] = {*LAYERS}

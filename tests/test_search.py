@@ -17,9 +17,10 @@ from torch import nn
 import nas_gate
 from nas_gate import baselines, budgets, data, folders, landing, models, prepare, search, training
 from nas_gate.collect import collect
+from nas_gate.described import setting_of
 from nas_gate.errors import Diverged, InUse, Refused
 from nas_gate.search import Gating, Named, Settings
-from nas_gate.settings import describe, setting_of
+from nas_gate.settings import describe
 from nas_gate.training import Hardware, Recipe
 
 RECIPE = Recipe(epochs=2, learning_rate=0.05, clip_norm=1.0)

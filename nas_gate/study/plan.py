@@ -17,9 +17,9 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, RDBStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import Trial
 
+from nas_gate.described import differences, within
 from nas_gate.errors import Refused
 from nas_gate.files import write_text
-from nas_gate.folders import differences, within
 from nas_gate.study.early_stopping import EarlyStopping
 from nas_gate.study.samplers import PerTrial, given, make_sampler
 from nas_gate.study.space import Space, as_overrides

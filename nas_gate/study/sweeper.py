@@ -32,9 +32,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from nas_gate.described import flat, setting_of, within
 from nas_gate.errors import Refused
-from nas_gate.folders import flat, within
-from nas_gate.settings import setting_of
 from nas_gate.study.context import looking_on
 from nas_gate.study.early_stopping import EarlyStopping
 from nas_gate.study.plan import Plan
