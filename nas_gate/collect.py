@@ -234,7 +234,7 @@ class Condition(NamedTuple):
     def text(self) -> str:
         """For people."""
         padded = f", channels padded to multiples of {self.pad_to}" if self.pad_to > 1 else ""
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        threads = latency.threads_text(self.threads)
         return f"{self.runtime}, batch {self.batch}, {threads}{padded}, on {self.machine}"
 
 

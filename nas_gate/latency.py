@@ -156,7 +156,7 @@ def not_followed(latencies: Sequence[Latency], macs_ratio: float, pad_to: int = 
     )
     return (
         *(
-            f"latency did not follow MACs: {each.runtime}, batch {each.batch}, {_threads(each.threads)}: "
+            f"latency did not follow MACs: {each.runtime}, batch {each.batch}, {threads_text(each.threads)}: "
             f"{each.ratio:.1%} of the dense latency, with {macs_ratio:.1%} of the MACs"
             for each in slow
         ),
@@ -164,7 +164,8 @@ def not_followed(latencies: Sequence[Latency], macs_ratio: float, pad_to: int = 
     )
 
 
-def _threads(count: int) -> str:
+def threads_text(count: int) -> str:
+    """So many threads, for people."""
     return f"{count} thread{'s' if count > 1 else ''}"
 
 

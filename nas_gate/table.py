@@ -91,15 +91,11 @@ def _fronts(table: pd.DataFrame, cost: str, reference: tuple[float, float] | Non
         for by in (["study"], ["study", "method"])[: 1 + (group["method"].nunique() > 1)]:
             of_methods = summary(group, reference, by, cost, quality).to_dict("records")
             for row in sorted(of_methods, key=lambda row: method_order(str(row.get("method")))):
-                volume = "" if math.isnan(row["hypervolume"]) else f"{row['hypervolume']:.4f}"
-                figures = [f"{row['candidates']}", f"{row['on_front']}", volume]
                 known = not math.isnan(row[f"dense_{cost}"])  # of a study without latencies, say, there is nothing
-                figures[2] = figures[2] if known else ""
-                at = [
-                    show(name, float(row.get(f"knee_{name}", math.nan)), quality)
-                    for name in (quality.name, cost)
-                    if known
-                ]
+                volume = f"{row['hypervolume']:.4f}" if known and not math.isnan(row["hypervolume"]) else ""
+                figures = [f"{row['candidates']}", f"{row['on_front']}", volume]
+                names = (quality.name, cost) if known else ()
+                at = [show(name, float(row.get(f"knee_{name}", math.nan)), quality) for name in names]
                 method = row.get("method", "all" if group["method"].nunique() > 1 else group["method"].iloc[0])
                 rows.append([str(study), str(method), *figures, " at ".join(at)])
     name = TITLES[cost]

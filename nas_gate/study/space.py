@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from optuna.distributions import (
 from optuna.trial import Trial
 
 from nas_gate.errors import Refused
+from nas_gate.import_paths import imported
 
 SpaceFunction = Callable[[Trial], Sequence[str]]
 
@@ -129,15 +129,12 @@ def parse(overrides: Sequence[str], config_loader: Any = None) -> tuple[dict[str
 
 def load_function(path: str) -> SpaceFunction:
     """The function at an import path, as in `my_package.spaces:conditional`."""
-    module, _, name = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        return imported(path, "space_function")
+    except (ImportError, ValueError) as error:
         raise Refused(f"space_function must be `module:function`, but {path!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise Refused(f"space_function must be a function, but {path!r} is {found!r}.")
-    function: SpaceFunction = found
-    return function
+    except TypeError as error:
+        raise Refused(f"space_function must be a function: {error}") from error
 
 
 def _parameter(override: Override) -> Parameter:
