@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas_gate.errors import Refused
 from nas_gate.files import write_text
-from nas_gate.quality import ACCURACY, Quality
+from nas_gate.quality import ACCURACY, COSTS, Quality
 
 if TYPE_CHECKING:
     from nas_gate.collect import Collected
@@ -37,7 +37,7 @@ examples:
   nas-gate pareto runs/studies/digits
   nas-gate pareto runs/studies/digits runs/studies/gumbel --plot fronts.png --plot fronts.svg
   nas-gate pareto runs/studies/digits --x params --csv candidates.csv
-  nas-gate pareto runs/studies/digits --reference 0.9,0.7       hypervolume beyond 90 % accuracy, 70 % of the MACs
+  nas-gate pareto runs/studies/digits --reference 0.9,0.7       hypervolume beyond 90% accuracy, 70% of the MACs
   nas-gate pareto runs/studies/digits --x latency               of candidates measured by `nas-gate export`
   nas-gate pareto runs/studies/prices --reference 2.5,1         hypervolume of an error, rmse say, below 2.5
 """
@@ -91,8 +91,6 @@ examples:
   nas-gate export runs/studies/digits --format onnx --batch-sizes 1     latency of a whole study
   nas-gate export runs/mine --factory my_package.nets:small             a model of your own
 """
-
-COSTS = {"macs": "macs", "params": "params", "latency": "latency_ms"}
 
 
 # --- pareto -------------------------------------------------------------------------------------------------
@@ -210,7 +208,7 @@ def select(arguments: Sequence[str]) -> None:
         from nas_gate.candidate import next_steps
 
         collected = _collected(options.studies)
-        needed = [selection.COSTS.get(options.prefer), *(["latency_ms"] if options.max_latency_ms else [])]
+        needed = [COSTS.get(options.prefer), *(["latency_ms"] if options.max_latency_ms else [])]
         _check_latency(collected, needed)
         _check_limits(collected.quality, options.min, options.max)
         choice = selection.select(

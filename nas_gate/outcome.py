@@ -19,7 +19,6 @@ from nas_gate.prepare import Prepared, task_of
 from nas_gate.quality import RECORD, Quality
 from nas_gate.removal import Removed
 from nas_gate.settings import Leg, Settings
-from nas_gate.tasks import Metric
 from nas_gate.training import Epoch
 
 STAGES = {"dense": "dense", "gated": "gated", "landed": "landed", "finetuned": "fine-tuned"}
@@ -42,7 +41,7 @@ class Stage:
 def figures(
     settings: Settings,
     leg: Leg,
-    metric: Metric,
+    quality: Quality,
     stages: Sequence[Stage],
     histories: Mapping[str, Sequence[Epoch]],
     removed: Removed,
@@ -66,7 +65,7 @@ def figures(
         "achieved": achieved[settings.metric],
         "max_relative_error": removed.max_relative_error,
         "test_accuracy": test_accuracy,
-        RECORD: asdict(Quality(metric.name, metric.higher_is_better, metric.shown)),
+        RECORD: asdict(quality),
     }
     for stage in stages:
         for name in ("accuracy", "macs", "params"):
@@ -88,7 +87,7 @@ def named(figures: Plain, metric: str) -> dict[str, Any]:
     return {key.replace("accuracy", metric): value for key, value in figures.items()}
 
 
-def combined(results: Mapping[str, Plain], metric: Metric) -> dict[str, Any]:
+def combined(results: Mapping[str, Plain], quality: Quality) -> dict[str, Any]:
     """The results of a trial with several targets: those of the last candidate, and what they make together.
 
     `candidates` are the names of `results`, in order of targets; `hypervolume` is that of their points (accuracy,
@@ -96,9 +95,9 @@ def combined(results: Mapping[str, Plain], metric: Metric) -> dict[str, Any]:
     such reference point, and no hypervolume is given.
     """
     together = {**list(results.values())[-1], "candidates": list(results)}
-    if not metric.higher_is_better:
+    if not quality.higher_is_better:
         return together
-    points = [(result[metric.name], result["macs_ratio"]) for result in results.values()]
+    points = [(result[quality.name], result["macs_ratio"]) for result in results.values()]
     return {**together, "hypervolume": hypervolume(points, reference=(0.0, 1.0), maximise=(True, False))}
 
 
@@ -126,11 +125,11 @@ def announce_leg(settings: Settings, leg: Leg, console: Console) -> None:
     )
 
 
-def tell(result: Plain, metric: Metric, console: Console) -> None:
+def tell(result: Plain, quality: Quality, console: Console) -> None:
     """One line about a finished candidate."""
     _print(
         console,
-        f"target {result['target']}: {metric.label} {metric.show(result[metric.name])}, "
+        f"target {result['target']}: {quality.label} {quality.show(result[quality.name])}, "
         f"{millions(result['macs'])} MACs, "
         f"{millions(result['params'])} parameters, {result['achieved']:.4f} {of(result['metric'])}",
     )
@@ -141,9 +140,9 @@ def report(settings: Settings, result: Plain, candidates: Sequence[Plain], conso
 
     A row per stage of the trial's only candidate, or one per candidate where `targets` asked for several.
     """
-    metric = task_of(settings).metric
+    quality = task_of(settings).metric.quality
     timed = [MEASURED[0]] if "dense_predicted_latency_ms" in result else []
-    columns = [metric.label, "MACs", "params", *("predicted ms" for _ in timed), f"share of {result['metric']}"]
+    columns = [quality.label, "MACs", "params", *("predicted ms" for _ in timed), f"share of {result['metric']}"]
     table = Table("", *columns, title="validation")
     if settings.targets is None:
         rows = [(label, result, stage) for stage, label in STAGES.items() if f"{stage}_macs" in result]
@@ -154,14 +153,14 @@ def report(settings: Settings, result: Plain, candidates: Sequence[Plain], conso
         share = each[f"{stage}_{priced}"] / each[f"dense_{priced}"]
         counts = [millions(each[f"{stage}_macs"]), millions(each[f"{stage}_params"])]
         counts += [f"{each[f'{stage}_predicted_{name}']:.3f}" for name in timed]
-        table.add_row(label, metric.show(each[f"{stage}_{metric.name}"]), *counts, f"{share:.4f}")
+        table.add_row(label, quality.show(each[f"{stage}_{quality.name}"]), *counts, f"{share:.4f}")
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
     if settings.targets is None:
         _print(console, f"achieved {result['achieved']:.4f} {of(result['metric'])}, asked {result['target']}")
-    elif metric.higher_is_better:
-        _print(console, f"hypervolume beyond ({metric.label} 0, dense MACs): {result['hypervolume']:.4f}")
+    elif quality.higher_is_better:
+        _print(console, f"hypervolume beyond ({quality.label} 0, dense MACs): {result['hypervolume']:.4f}")
     for candidate in (c for c in candidates if "latency_ms" in c):
         _print(
             console,
@@ -169,9 +168,9 @@ def report(settings: Settings, result: Plain, candidates: Sequence[Plain], conso
             f"(error {candidate['latency_relative_error']:+.1%}; dense {candidate['dense_latency_ms']:.3f} ms; "
             f"batch {settings.latency.batch}, threads {settings.latency.threads}, on {candidate['latency_machine']})",
         )
-    if result[f"test_{metric.name}"] is not None:
-        tested = ", ".join(metric.show(c[f"test_{metric.name}"]) for c in candidates)
-        _print(console, f"test {metric.label}, measured once: {tested}")
+    if result[quality.test] is not None:
+        tested = ", ".join(quality.show(c[quality.test]) for c in candidates)
+        _print(console, f"test {quality.label}, measured once: {tested}")
     _print(console, f"largest relative error of the removal: {max(c['max_relative_error'] for c in candidates):.1e}")
     for candidate in candidates:
         _print(console, f"candidate: {candidate['path']}")

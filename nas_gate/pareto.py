@@ -23,6 +23,9 @@ Objectives = Sequence[tuple[str, str]]
 
 OBJECTIVES: Objectives = ACCURACY.against("macs")
 
+SEEDS = "seeds"
+"""The column of how many seeds a mean is of."""
+
 _KNEE_TIE = 1e-9  # distances this close are equal: points on one straight line differ by rounding alone
 
 
@@ -243,7 +246,8 @@ def summary(
     accuracy at the dense model's cost", leaves out nothing that saves anything and bounds the hypervolume of an
     accuracy by 1; of a quality that is better for being lower there is no such corner, and no hypervolume (NaN)
     without one given. It is returned as `reference_<quality>` and `reference_<cost>_share`. Hypervolumes compare only
-    under one reference and one dense model. `by=("study", "method")` gives each method of a study its own row.
+    under one reference and one dense model. Settings that were repeated count in it by the means over
+    their seeds. `by=("study", "method")` gives each method of a study its own row.
     """
     check_table(table, quality)
     objectives = quality.against(cost)
@@ -252,9 +256,10 @@ def summary(
     for names, group in table.groupby(list(by), sort=False, dropna=False):
         best = front(group, objectives, quality)
         dense = float(np.nanmax(column(group, f"dense_{cost}"), initial=-np.inf))
-        shares = np.column_stack([column(group, quality.name), column(group, cost) / dense])
         volume = math.nan
         if corner is not None and dense > 0:
+            means = seed_means(group, cost, quality)
+            shares = np.column_stack([column(means, quality.name), column(means, cost) / dense])
             volume = hypervolume(shares, corner, (quality.higher_is_better, False))
         row = dict(zip(by, names if isinstance(names, tuple) else (names,)))
         row |= {"candidates": len(group), "on_front": len(best)}
@@ -273,6 +278,22 @@ def repeat_keys(table: pd.DataFrame) -> list[str]:
     """The columns in which repeats agree: study, method, target and every hyper-parameter but the seed."""
     parameters = [c for c in table.columns if str(c).startswith("param.") and str(c).rsplit(".", 1)[-1] != "seed"]
     return ["study", "method", "target", *parameters]
+
+
+def seed_means(table: pd.DataFrame, cost: str = "macs", quality: Quality = ACCURACY) -> pd.DataFrame:
+    """The candidates, but one row of every setting that was repeated: quality and cost are the means over its seeds.
+
+    So that methods are compared by what they give, not by their luckiest seeds. All columns are kept, and the column
+    SEEDS says of how many seeds a row is. A seed that stands twice counts once, with its first row.
+    """
+    keys, figures = repeat_keys(table), [cost, quality.name]
+    numbered = table.assign(**{name: column(table, name) for name in figures})
+    numbered[SEEDS] = numbered.groupby(keys, dropna=False)["seed"].transform("nunique")
+    repeated = numbered[numbered[SEEDS] > 1].drop_duplicates([*keys, "seed"])
+    means = repeated.groupby(keys, dropna=False)[figures].transform("mean")
+    repeated = repeated.assign(**{name: means[name] for name in means}).drop_duplicates(keys)
+    result: pd.DataFrame = pd.concat([numbered[numbered[SEEDS] <= 1], repeated])
+    return result
 
 
 def repeats(table: pd.DataFrame, quality: Quality = ACCURACY) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from nas_gate.files import replacing
-from nas_gate.pareto import check_table, column, front, knee, repeat_keys, repeats
+from nas_gate.pareto import SEEDS, check_table, column, front, knee, repeats, seed_means
 from nas_gate.quality import ACCURACY, Quality
 from nas_gate.selection import show
 
@@ -29,9 +29,6 @@ AXES = {"macs": "MACs (multiply-accumulates)", "params": "parameters", "latency_
 
 WIDE = 20
 """From this ratio of the highest to the lowest cost on, their axis is logarithmic."""
-
-SEEDS = "seeds"
-"""The column of how many seeds a mean is of."""
 
 # Colours for studies: Okabe and Ito's, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
@@ -128,25 +125,10 @@ def _staircase(best: pd.DataFrame, x: str, quality: Quality) -> tuple[tuple[floa
     return tuple(corners)
 
 
-def _means(table: pd.DataFrame, x: str, quality: Quality) -> pd.DataFrame:
-    """The candidates, but one row of every setting that was repeated, with the means over its seeds.
-
-    The column SEEDS says how many they are.
-    """
-    keys = repeat_keys(table)
-    numbered = table.assign(**{name: column(table, name) for name in (x, quality.name)})
-    numbered[SEEDS] = numbered.groupby(keys, dropna=False)["seed"].transform("nunique")
-    repeated = numbered[numbered[SEEDS] > 1].drop_duplicates([*keys, "seed"])
-    means = repeated.groupby(keys, dropna=False)[[x, quality.name]].transform("mean")
-    repeated = repeated.assign(**{name: means[name] for name in means}).drop_duplicates(keys)
-    result: pd.DataFrame = pd.concat([numbered[numbered[SEEDS] <= 1], repeated])
-    return result
-
-
 def _series(table: pd.DataFrame, study: str, method: str, x: str, quality: Quality) -> Series:
     ascending = [True, quality.higher_is_better]
     ordered: pd.DataFrame = table.sort_values([x, quality.name], ascending=ascending, kind="stable", ignore_index=True)
-    best = front(_means(ordered, x, quality), quality.against(x), quality)
+    best = front(seed_means(ordered, x, quality), quality.against(x), quality)
     chosen = set(best.index[best[SEEDS] <= 1])
     points = tuple(
         Point(float(cost), float(accuracy), int(trial), str(path), place in chosen)

@@ -10,6 +10,10 @@ RECORD = "task_metric"
 """The key of results that says it, as `quality_of` reads it."""
 
 
+COSTS = {"macs": "macs", "params": "params", "latency": "latency_ms"}
+"""What a candidate costs, by the word that people give -> its column in tables."""
+
+
 @dataclass(frozen=True)
 class Quality:
     """A figure of candidates, measured on validation data at the last epoch.
@@ -27,7 +31,10 @@ class Quality:
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise ValueError(f"the name of a task's metric must be an identifier, but is {self.name!r}")
-        format(1.0, self.shown)
+        try:
+            format(1.0, self.shown)
+        except ValueError as error:
+            raise ValueError(f"`shown` must be a format of floats, as .2%, but is {self.shown!r}: {error}") from error
 
     @property
     def label(self) -> str:
@@ -64,9 +71,8 @@ class Quality:
         return (self.name, "max" if self.higher_is_better else "min"), (cost, "min")
 
     def show(self, value: float) -> str:
-        """A value, for people: 93.40 %, 0.1234."""
-        text = format(value, self.shown)
-        return f"{text[:-1]} %" if self.percent else text
+        """A value, for people: 93.40%, 0.1234."""
+        return format(value, self.shown)
 
     def show_size(self, value: float) -> str:
         """The size of a difference or spread, for people: in points where values are in per cent, without the word."""

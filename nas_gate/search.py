@@ -99,7 +99,7 @@ class Trial:
 
     def looking_on(self, stage: str, macs: Callable[[], float]) -> Callable[[Epoch], None] | None:
         """The hook for the epochs of a stage."""
-        hook, sign = self.on_epoch, 1 if self.prepared.task.metric.higher_is_better else -1
+        hook, sign = self.on_epoch, self.prepared.task.metric.quality.sign
         return None if hook is None else lambda entry: hook(Moment(stage, entry.epoch, sign * entry.accuracy, macs()))
 
 
@@ -172,7 +172,7 @@ def search(
         else:
             found = {f"target-{leg.target}": leg for leg in settings.legs()}
             results = {name: find(trial, leg, run_dir / name) for name, leg in found.items()}
-            result, candidates = combined(results, prepared.task.metric), list(results.values())
+            result, candidates = combined(results, prepared.task.metric.quality), list(results.values())
             if fabric.is_global_zero:
                 write_json(result_file, result)
         if fabric.is_global_zero:
@@ -187,7 +187,7 @@ def find(trial: Trial, leg: Leg, folder: Path) -> dict[str, Any]:
     """The candidate of one leg, saved in `folder` with its results, which are returned; at once where it is there."""
     settings, prepared, console = trial.settings, trial.prepared, trial.console
     fabric, gated = prepared.fabric, prepared.gated
-    several = settings.targets is not None
+    several, quality = settings.targets is not None, prepared.task.metric.quality
     if console is not None and several:
         announce_leg(settings, leg, console)
     if (folder / "result.json").exists():
@@ -210,20 +210,19 @@ def find(trial: Trial, leg: Leg, folder: Path) -> dict[str, Any]:
         if settings.test:
             test = evaluate(removed.model, prepared.test, fabric=fabric, task=prepared.task).accuracy
         taken = time_networks(trial, removed) if settings.timed() and fabric.is_global_zero else None
-        metric = prepared.task.metric
         result = named(
-            figures(settings, leg, metric, stages, histories, removed, test, taken, folder / "candidate"), metric.name
+            figures(settings, leg, quality, stages, histories, removed, test, taken, folder / "candidate"), quality.name
         )
         if fabric.is_global_zero:
             _save(settings, prepared, removed, result)
-            history = {k: [named(asdict(e), metric.name) for e in v] for k, v in histories.items()}
+            history = {k: [named(asdict(e), quality.name) for e in v] for k, v in histories.items()}
             write_json(folder / "history.json", history)
             write_json(folder / "result.json", result)
         fabric.barrier()
     if fabric.is_global_zero:
         (folder / "finetuned.pt").unlink(missing_ok=True)  # the candidate holds the weights now
     if console is not None and several:
-        tell(result, prepared.task.metric, console)
+        tell(result, quality, console)
     return result
 
 

@@ -13,14 +13,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from nas_gate.pareto import Objectives, check_table, chord_distance, column, front, knee
-from nas_gate.quality import ACCURACY, Quality
+from nas_gate.quality import ACCURACY, COSTS, Quality
 
 Row = Mapping[str, Any]  # one candidate: column -> plain Python value
 
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-
-COSTS = {"macs": "macs", "params": "params", "latency": "latency_ms"}
-"""What can be preferred besides the knee and the quality -> its column."""
 
 _WORDS = {"macs": "MACs", "params": "parameters", "latency_ms": "latency"}
 
@@ -100,7 +97,7 @@ def parse_amount(text: str | float) -> int:
 
 
 def show(name: str, value: float, quality: Quality = ACCURACY) -> str:
-    """A figure as people read it: 93.40 %, 60.0 M, 1.25 ms; "not measured" for NaN."""
+    """A figure as people read it: 93.40%, 60.0 M, 1.25 ms; "not measured" for NaN."""
     if math.isnan(value):
         return "not measured"
     if name in (quality.name, quality.test, quality.dense):
@@ -185,7 +182,7 @@ def _infeasible(table: pd.DataFrame, bounds: list[Bound], quality: Quality) -> I
     lines.append(f"  nearest: {_label(nearest)}: {_figures(nearest, quality)}; it misses")
     for bound in bounds:
         if missed := float(bound.violation(np.array([nearest[bound.column]], dtype=np.float64))[0]):
-            lines.append(f"    {bound} by {100 * missed:.3g} %")
+            lines.append(f"    {bound} by {100 * missed:.3g}%")
     return Infeasible("\n".join(lines), excluded, nearest)
 
 
@@ -200,7 +197,7 @@ def _difference(row: Row, chosen: Row, quality: Quality) -> str:
     parts = [f"{change} {'of ' if quality.percent else ''}{_word(quality.name)}"]
     for name in _WORDS:
         if name in row and not math.isnan(share := row[name] / chosen[name] - 1):
-            parts.append(f"{100 * share:+.1f} % {_WORDS[name]} ({show(name, row[name])})")
+            parts.append(f"{share:+.1%} {_WORDS[name]} ({show(name, row[name])})")
     parts += [f"{name} {row[name]}, not {chosen[name]}" for name in ("study", "method") if row[name] != chosen[name]]
     return ", ".join(parts)
 
@@ -321,7 +318,7 @@ def describe(choice: Choice) -> str:
             if name == quality.name:
                 line += f" ({quality.show_change(row[name] - dense)})"
             else:
-                line += f" ({100 * row[name] / dense:.1f} % of it)"
+                line += f" ({row[name] / dense:.1%} of it)"
         lines.append(line)
     if not math.isnan(tested := row[quality.test]):
         lines.append(f"  {f'test {quality.label}':<20}{quality.show(tested):>13}   not used in the choice")

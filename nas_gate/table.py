@@ -61,7 +61,7 @@ def _candidates(table: pd.DataFrame, cost: str, quality: Quality) -> str:
             ]
             first = networks.iloc[0]
             values = ["" if name not in own or pd.isna(first[name]) else str(first[name]) for name in varied]
-            rows.append(["dense", str(study) if several else "", "", "", "", *shown, "100.0 %", *values])
+            rows.append(["dense", str(study) if several else "", "", "", "", *shown, "100.0%", *values])
     for row in table.to_dict("records"):
         share = row[cost] / row[dense_cost]
         rows.append(
@@ -70,7 +70,7 @@ def _candidates(table: pd.DataFrame, cost: str, quality: Quality) -> str:
                 str(row["path"]).removesuffix("/candidate"),
                 *(str(row[name]) for name in ("method", "target", "seed")),
                 *(show(name, float(row[name]), quality) if pd.notna(row[name]) else "" for name in figures),
-                "" if math.isnan(share) else f"{100 * share:.1f} %",
+                "" if math.isnan(share) else f"{share:.1%}",
                 *("" if pd.isna(row[name]) else str(row[name]) for name in varied),
             ]
         )
@@ -105,7 +105,7 @@ def _fronts(table: pd.DataFrame, cost: str, reference: tuple[float, float] | Non
         note = (
             f"hypervolume: of {quality.label} against the share of the dense {name}, beyond the reference point "
             f"({quality.label} {reference[0]:g}, share {reference[1]:g}).\n"
-            "More is better. It compares under one reference and one dense model."
+            "More is better. It compares under one reference and one dense model; seeds count by their means."
         )
     return aligned(rows, left=2) + f"\n\n{note}"
 

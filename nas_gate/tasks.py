@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nas_gate.import_paths import imported, is_import_path
+from nas_gate.quality import Quality
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(outputs (N, ...), inputs (N, ...), targets (N, ...)) -> scalar loss, a mean over the N examples."""
@@ -34,7 +35,7 @@ class Metric:
     """A figure of a whole data set, from counts that add up over batches and processes.
 
     Args:
-        name: the figure's name in results, e.g. "accuracy"; ValueError where another figure has it.
+        name: the figure's name in results, e.g. "accuracy"; an identifier that no other figure has, else ValueError.
         count: (outputs (N, ...), targets (N, ...)) -> a tensor of counts, always of one shape.
         value: the sum of all counts, float64 -> the figure.
         higher_is_better: its direction.
@@ -48,21 +49,14 @@ class Metric:
     shown: str = ".2%"
 
     def __post_init__(self) -> None:
-        if self.name in TAKEN or not self.name.isidentifier():
-            raise ValueError(f"A metric's name must be an identifier and none of {TAKEN}, but is {self.name!r}.")
-        try:
-            format(1.0, self.shown)
-        except ValueError as error:
-            raise ValueError(f"`shown` must be a format of floats, as .2%, but is {self.shown!r}: {error}") from error
+        if self.name in TAKEN:
+            raise ValueError(f"A metric's name must be none of {TAKEN}, but is {self.name!r}.")
+        _ = self.quality  # checks the rest
 
     @property
-    def label(self) -> str:
-        """The name, for people."""
-        return self.name.replace("_", " ")
-
-    def show(self, value: float) -> str:
-        """A value, for people."""
-        return format(value, self.shown)
+    def quality(self) -> Quality:
+        """What candidates are judged by: the figure, without how it is counted."""
+        return Quality(self.name, self.higher_is_better, self.shown)
 
 
 @dataclass(frozen=True)

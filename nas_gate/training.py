@@ -26,7 +26,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from nas_gate.errors import Diverged, Refused
 from nas_gate.files import replacing
-from nas_gate.tasks import CLASSIFICATION, Metric, Objective, Task
+from nas_gate.quality import Quality
+from nas_gate.tasks import CLASSIFICATION, Objective, Task
 
 Schedule = Callable[[float], float]
 """Epochs done, fractions included -> factor on every optimiser's own learning rate."""
@@ -385,7 +386,7 @@ def fit(
     rates = [[group.setdefault("initial_lr", group["lr"]) for group in made.param_groups] for made in optimisers]
 
     console = console if fabric.is_global_zero else None
-    with _Display(console, label, epochs, len(train), history, task.metric) as display:
+    with _Display(console, label, epochs, len(train), history, task.metric.quality) as display:
         for epoch in epochs[len(history) :]:
             began = time.monotonic()
             seed_everything(seed, epoch, fabric.global_rank)
@@ -519,10 +520,10 @@ class _Display:
         epochs: range,
         steps: int,
         history: Sequence[Epoch],
-        metric: Metric,
+        quality: Quality,
     ) -> None:
         self._console = console
-        self._metric = metric
+        self._quality = quality
         self._label = label
         self._epochs = epochs
         self._bar: Progress | None = None
@@ -570,4 +571,4 @@ class _Display:
         cost = ""
         if {"cost", "target"} <= entry.figures.keys():
             cost = f"  cost {entry.figures['cost']:.3f} for {entry.figures['target']:.3f}"
-        return f"loss {entry.loss:.3f}  {self._metric.label} {self._metric.show(entry.accuracy)}{cost}"
+        return f"loss {entry.loss:.3f}  {self._quality.label} {self._quality.show(entry.accuracy)}{cost}"

@@ -413,7 +413,7 @@ def at(ratio: float, runtime: str = "PyTorch", threads: int = 1) -> Latency:
 
 
 def test_a_warning_where_less_than_half_of_the_saving_arrived():
-    # 40 % of the MACs: 60 % are saved, so 70 % is the most latency that is not warned of
+    # 40% of the MACs: 60% are saved, so 70% is the most latency that is not warned of
     assert not_followed([at(0.4), at(0.6), at(0.699)], 0.4) == ()
     assert not_followed([at(0.5), at(0.71, "ONNX Runtime", 2), at(1.05)], 0.4) == (
         "latency did not follow MACs: ONNX Runtime, batch 128, 2 threads: 71.0% of the dense latency, with 40.0% of "

@@ -13,7 +13,7 @@ LAYERS: dict[str, set[str]] = {
 }
 LAYERS["pareto"] = {"quality"}
 LAYERS["latency"] = {"files"}
-LAYERS["tasks"] = {"import_paths"}
+LAYERS["tasks"] = {"import_paths", "quality"}
 LAYERS["structure"] = {"modules"}
 LAYERS["models"] = {"import_paths", "modules"}
 LAYERS["data"] = {"tasks"}
@@ -28,7 +28,7 @@ LAYERS["inspect"] = {"cost", "structure"}
 LAYERS["candidate"] = {"models", "removal", "structure"}
 LAYERS["analysis"] = {"cost", "gates", "gating", "landing", "modules", "removal", "structure"}
 LAYERS["padding"] = {"analysis", "gating", "removal", "structure"}
-LAYERS["training"] = {"data", "errors", "files", "tasks"}
+LAYERS["training"] = {"data", "errors", "files", "quality", "tasks"}
 LAYERS["baselines"] = {"gating", "structure"}
 LAYERS["settings"] = {"baselines", "cost", "described", "errors", "training"}
 LAYERS["budgets"] = {"gating", "settings", "training"}
@@ -44,7 +44,6 @@ LAYERS["outcome"] = {
     "quality",
     "removal",
     "settings",
-    "tasks",
     "training",
 }
 LAYERS["search"] = {*LAYERS}

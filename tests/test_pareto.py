@@ -264,6 +264,17 @@ def test_summary_by_method() -> None:
     assert rows["hypervolume"].tolist() == pytest.approx([0.45, 0.4])
 
 
+def test_hypervolume_is_of_the_means_over_seeds() -> None:
+    seeds = [
+        {"macs": macs, "accuracy": accuracy, "seed": seed}
+        for seed, (macs, accuracy) in enumerate([(40, 0.9), (60, 0.7)])
+    ]
+    row = pareto.summary(table(*seeds, {"macs": 20, "accuracy": 0.6, "target": 0.2})).iloc[0]
+    # The mean of the two, 0.8 at half of 100 MACs, and 0.6 at a fifth; the knee and the front are of candidates.
+    assert row["hypervolume"] == pytest.approx(0.6 * 0.8 + 0.2 * 0.5)
+    assert (row["candidates"], row["on_front"], row["knee_macs"]) == (3, 2, 40)
+
+
 def test_summary_of_another_cost() -> None:
     candidates = table({"params": 5, "accuracy": 0.8}, {"params": 10, "macs": 10}, {"params": 15, "macs": 90})
     of_params = pareto.summary(candidates, cost="params").iloc[0]

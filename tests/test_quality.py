@@ -14,7 +14,7 @@ IOU = Quality("mean_iou")
 
 def test_words_by_hand() -> None:
     assert (IOU.label, IOU.test, IOU.dense) == ("mean iou", "test_mean_iou", "dense_mean_iou")
-    assert (IOU.show(0.934), RMSE.show(0.934)) == ("93.40 %", "0.9340")
+    assert (IOU.show(0.934), RMSE.show(0.934)) == ("93.40%", "0.9340")
     assert (IOU.show_size(0.012), RMSE.show_size(0.012)) == ("1.20", "0.0120")
     assert (IOU.show_change(-0.012), IOU.show_change(0.012)) == ("-1.20 points", "+1.20 points")
     assert (RMSE.show_change(-0.012), RMSE.show_change(0.0)) == ("-0.0120", "+0.0000")

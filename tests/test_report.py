@@ -253,11 +253,11 @@ def test_a_click_shows_the_candidate(opened: Any, studies: Path):
     path = str(studies / "alpha" / "3" / "candidate")
     ActionChains(opened).move_to_element(shape_of(opened, path)).perform()
     hover = text(opened, "#front .hoverlayer")
-    for words in ("alpha, trial 3", "80.00 %", "200.0 K (20.0 % of dense)", "budget.weight: 8"):
+    for words in ("alpha, trial 3", "80.00%", "200.0 K (20.0% of dense)", "budget.weight: 8"):
         assert words in hover
     ActionChains(opened).move_to_element(shape_of(opened, path)).click().perform()
     assert text(opened, "#details-title").startswith("alpha, trial 3 (gates, target 0.2, seed 0)")
-    assert "validation accuracy 80.00 % dense 95.00 %, -15.00 points" in text(opened, "#details-figures")
+    assert "validation accuracy 80.00% dense 95.00%, -15.00 points" in text(opened, "#details-figures")
     assert text(opened, "#command") == "nas-gate search target=0.2"
     assert text(opened, "#export") == f"nas-gate export {path}"
     assert bars(opened) == of(data, "alpha", 3)["widths"]
@@ -287,7 +287,7 @@ def test_bounds_highlight_what_remains(opened: Any, studies: Path, request: pyte
     opened.find_element("id", "min-accuracy").send_keys("92%")
     left = paths(("alpha", 1), ("alpha", 2), ("beta", 1), ("beta", 2))
     assert strong(opened) == standing() == left
-    assert "beta, trial 2: 94.00 %, 500.0 K MACs" in text(opened, "#remaining-best")
+    assert "beta, trial 2: 94.00%, 500.0 K MACs" in text(opened, "#remaining-best")
     opened.find_element("id", "max-params").send_keys("55K")
     assert strong(opened) == standing() == paths(("alpha", 1), ("alpha", 2))
     shot = os.environ.get("NAS_GATE_SCREENSHOT")
@@ -315,10 +315,10 @@ def test_other_costs_and_orders(opened: Any, studies: Path):
 
     for up in (True, False):
         opened.find_element("css selector", "#candidates th[data-column=accuracy]").click()
-        expected = ["80.00 %", "85.00 %", "90.00 %", "92.00 %", "92.00 %", "93.00 %", "94.00 %", "94.00 %"]
+        expected = ["80.00%", "85.00%", "90.00%", "92.00%", "92.00%", "93.00%", "94.00%", "94.00%"]
         assert accuracies() == (expected if up else expected[::-1])
     summary = text(opened, "#summary")
-    for words in ("alpha, gates 4 3 0.7210 94.00 %", "beta, uniform 1 1 0.4250 85.00 %"):
+    for words in ("alpha, gates 4 3 0.7210 94.00%", "beta, uniform 1 1 0.4250 85.00%"):
         assert words in summary
 
 

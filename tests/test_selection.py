@@ -86,13 +86,13 @@ def test_the_front_is_that_of_the_feasible() -> None:
 def test_reasons_and_differences() -> None:
     choice = select(CANDIDATES, max_macs=60 * M, min_accuracy=0.9, prefer="accuracy")
     assert choice.reasons == (
-        "2 of 6 candidates meet MACs <= 60 M and validation accuracy >= 90.00 %.",
+        "2 of 6 candidates meet MACs <= 60 M and validation accuracy >= 90.00%.",
         "2 of these are on the front of validation accuracy against MACs: no other one is better in one and at least "
         "equal in the other.",
-        "It has the highest validation accuracy, 93.00 %.",
+        "It has the highest validation accuracy, 93.00%.",
     )
     assert choice.runners_up[0].difference == (
-        "-1.00 points of validation accuracy, -50.0 % MACs (30 M), -11.1 % parameters (80 K), +100.0 % latency (2 ms)"
+        "-1.00 points of validation accuracy, -50.0% MACs (30 M), -11.1% parameters (80 K), +100.0% latency (2 ms)"
     )
     assert select(CANDIDATES).reasons[0] == "No bounds were given: 6 candidates considered."
     assert "knee of that front" in select(CANDIDATES).reasons[2]
@@ -115,18 +115,18 @@ def test_nothing_feasible_says_what_excludes_what() -> None:
     with pytest.raises(Infeasible) as caught:
         select(CANDIDATES, max_macs=20 * M, min_accuracy=0.91, max_latency_ms=2.5)
     text = str(caught.value)
-    assert "none of 6 candidates meets MACs <= 20 M and latency <= 2.5 ms and validation accuracy >= 91.00 %" in text
+    assert "none of 6 candidates meets MACs <= 20 M and latency <= 2.5 ms and validation accuracy >= 91.00%" in text
     assert "MACs <= 20 M alone excludes 4 of 6; the lowest is 10 M" in text
     assert "latency <= 2.5 ms alone excludes 4 of 6 (1 not measured); the lowest is 1 ms" in text
-    assert "validation accuracy >= 91.00 % alone excludes 2 of 6; the highest is 94.00 %" in text
+    assert "validation accuracy >= 91.00% alone excludes 2 of 6; the highest is 94.00%" in text
     assert "together they exclude all 6" in text
     assert list(caught.value.excluded.values()) == [4, 4, 2]
     # Sums of relative violations: 0: 0.11/0.91 + 0.2 = 0.32; 1: 0.5; 2: 2.0; 3: not measured; 4: 4.1; 5: 3.5.
     assert caught.value.nearest is not None
     assert caught.value.nearest["trial"] == 0
-    assert "nearest: runs/a/0 (study a, trial 0, gates): validation accuracy 80.00 %, MACs 10 M" in text
-    assert "latency <= 2.5 ms by 20 %" in text
-    assert "validation accuracy >= 91.00 % by 12.1 %" in text
+    assert "nearest: runs/a/0 (study a, trial 0, gates): validation accuracy 80.00%, MACs 10 M" in text
+    assert "latency <= 2.5 ms by 20%" in text
+    assert "validation accuracy >= 91.00% by 12.1%" in text
 
 
 def test_one_bound_alone_needs_no_together() -> None:
@@ -186,10 +186,10 @@ def test_bad_requests() -> None:
 def test_describe() -> None:
     text = describe(select(CANDIDATES.assign(test_accuracy=0.915, dense_latency_ms=4.0), max_macs=60 * M))
     assert text.splitlines()[0] == "runs/a/1 (study a, trial 1, gates)"
-    assert "92.00 %   dense 95.00 % (-3.00 points)" in text
-    assert "30 M   dense 100 M (30.0 % of it)" in text
-    assert "2 ms   dense 4 ms (50.0 % of it)" in text
-    assert "91.50 %   not used in the choice" in text
+    assert "92.00%   dense 95.00% (-3.00 points)" in text
+    assert "30 M   dense 100 M (30.0% of it)" in text
+    assert "2 ms   dense 4 ms (50.0% of it)" in text
+    assert "91.50%   not used in the choice" in text
     assert "runs/a/2 (study a, trial 2, gates)\n    +1.00 points" in text
     unmeasured = describe(select(CANDIDATES, prefer="params"))
     assert "not measured" in unmeasured
@@ -229,7 +229,7 @@ def test_figures_as_people_read_them() -> None:
         show("latency_ms", 1.25),
         show("params", 2e9),
     ]
-    assert shown == ["93.40 %", "59.96 M", "950", "1.25 ms", "2 G"]
+    assert shown == ["93.40%", "59.96 M", "950", "1.25 ms", "2 G"]
     assert show("latency_ms", math.nan) == "not measured"
 
 
@@ -261,7 +261,7 @@ def test_a_limit_is_the_worst_value() -> None:
     text = describe(choice)
     assert "  validation rmse             0.080   dense 0.050 (+0.030)" in text
     assert "on the front of validation rmse against MACs" in text
-    assert "-0.010 validation rmse, +100.0 % MACs" in text
+    assert "-0.010 validation rmse, +100.0% MACs" in text
     assert "accura" not in text
     with pytest.raises(
         Infeasible, match=r"validation rmse <= 0.010 alone excludes 6 of 6; the lowest is 0.060"

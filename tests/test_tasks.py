@@ -116,9 +116,12 @@ def test_what_is_no_task(name: str, arguments: dict, error: type, message: str, 
         make_task(name, **arguments)
 
 
-@pytest.mark.parametrize("name", ["loss", "macs", "mean iou", ""])
-def test_a_metrics_name_is_no_other_figures(name: str):
-    with pytest.raises(ValueError, match=f"must be an identifier and none of .*'macs'.* but is '{name}'"):
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("loss", "none of .*'macs'"), ("macs", "none of"), ("mean iou", "an identifier"), ("", "an ident")],
+)
+def test_a_metrics_name_is_an_identifier_and_no_other_figures(name: str, rule: str):
+    with pytest.raises(ValueError, match=f"must be {rule}.* but is '{name}'"):
         Metric(name, tasks.confusion, float)
 
 
