@@ -260,11 +260,11 @@ def _registered(folder: Path, model: Mapping[str, Any]) -> nn.Module:
         raise CandidateError(f"{folder} names arguments that the model {name!r} does not take: {error}") from error
 
 
-def next_steps(path: str, pad_to: int) -> tuple[str, str]:
-    """How a candidate is loaded in Python, and exported as it was measured."""
+def next_steps(path: str, model: Mapping[str, Any], pad_to: int) -> tuple[str, str]:
+    """How the candidate at `path` is loaded in Python, and exported as it was measured; `model` is its record's."""
     from nas_gate import models
 
-    registered = read(Path(path)).model.get("name") in models.names()
+    registered = model.get("name") in models.names()
     factory, option = ("", "") if registered else (", factory=...", " --factory MODULE:FUNCTION")
     padding = f" --pad-to {pad_to}" if pad_to > 1 else ""
     return (

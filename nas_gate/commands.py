@@ -205,7 +205,7 @@ def select(arguments: Sequence[str]) -> None:
 
     with _mistakes():
         from nas_gate import selection
-        from nas_gate.candidate import next_steps
+        from nas_gate.candidate import next_steps, read
 
         collected = _collected(options.studies)
         needed = [COSTS.get(options.prefer), *(["latency_ms"] if options.max_latency_ms else [])]
@@ -234,7 +234,8 @@ def select(arguments: Sequence[str]) -> None:
         print(selection.describe(choice))
         if collected.latency is not None:
             print(f"\nLatency: {collected.latency}.")
-        loading, exporting = next_steps(str(choice.row["path"]), collected.pad_to)
+        path = str(choice.row["path"])
+        loading, exporting = next_steps(path, read(path).model, collected.pad_to)
         print(f"\nLoad it:    {loading}\nDeploy it:  {exporting}")
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 from torch import nn
 
 from nas_gate import models
-from nas_gate.candidate import CandidateError, next_steps, read
+from nas_gate.candidate import Candidate, CandidateError, next_steps, read
 from nas_gate.collect import Collected, run_of
 from nas_gate.cost import MEASURED
 from nas_gate.export import widths
@@ -60,8 +60,7 @@ def report_data(collected: Collected, command: Command, factory: str | None = No
         "candidates": [
             {
                 **_figures(row, quality),
-                **_details(row, command, factory, dense, quality),
-                "export": next_steps(str(row["path"]), collected.pad_to)[1],
+                **_details(row, command, factory, dense, collected),
             }
             for row in _records(marked(table, quality=quality))
         ],
@@ -112,26 +111,29 @@ def _figures(row: Plain, quality: Quality) -> dict[str, Any]:
 
 
 def _details(
-    row: Plain, command: Command, factory: str | None, dense: dict[str, nn.Module], quality: Quality
+    row: Plain, command: Command, factory: str | None, dense: dict[str, nn.Module], collected: Collected
 ) -> dict[str, Any]:
     folder = Path(row["path"])
+    record = read(folder)
     settings, history = run_of(folder)
     try:
         again: str | None = command(settings)
     except ValueError:  # settings of another version
         again = None
     try:
-        found, misfit = _widths(folder, factory, dense), None
+        found, misfit = _widths(folder, record, factory, dense), None
     except CandidateError as error:
         found, misfit = None, str(error)
     dense_cost = row.get("dense_predicted_latency_ms") if settings.get("metric") in MEASURED else 1.0
-    curves = _curves(history, quality, dense_cost)
-    return {"widths": found, "misfit": misfit, "curves": curves, "command": again}
+    curves = _curves(history, collected.quality, dense_cost)
+    export = next_steps(str(folder), record.model, collected.pad_to)[1]
+    return {"widths": found, "misfit": misfit, "curves": curves, "command": again, "export": export}
 
 
-def _widths(folder: Path, factory: str | None, dense: dict[str, nn.Module]) -> list[list[Any]] | None:
+def _widths(
+    folder: Path, record: Candidate, factory: str | None, dense: dict[str, nn.Module]
+) -> list[list[Any]] | None:
     """[layer, kept outputs, dense outputs] of every layer; None where the dense model is not known."""
-    record = read(folder)
     key = json.dumps(record.model, sort_keys=True)
     if key not in dense:
         name = record.model["name"] if record.model["name"] in models.names() else factory

@@ -124,7 +124,10 @@ def _repeats(table: pd.DataFrame, cost: str, quality: Quality) -> str:
         costs = f"{show(cost, row[f'{cost}_mean'])} ± {show(cost, row[f'{cost}_std'])}"
         rows.append(
             [
-                *(str(row[str(name)]) for name in ("study", "method", "target", *varied, "count")),
+                *(
+                    "" if pd.isna(row[name]) else str(row[name])
+                    for name in ("study", "method", "target", *varied, "count")
+                ),
                 values,
                 costs,
             ]

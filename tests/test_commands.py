@@ -80,6 +80,15 @@ def test_pareto_writes_what_it_shows(capsys: pytest.CaptureFixture[str]):
     assert sorted(path.name for path in Path().iterdir()) == ["a.png", "a.svg", "alpha", "beta", "out"]
 
 
+def test_settings_that_others_lack_are_left_empty(studies: Path, capsys: pytest.CaptureFixture[str]):
+    set_json(studies / "alpha" / "0" / "settings.json", noise=0.5)
+    assert cli.main(["pareto", "alpha", "beta"]) == 0
+    shown = capsys.readouterr().out
+    assert "noise" in shown
+    assert "seed repeats" in shown
+    assert "nan" not in shown
+
+
 def test_dense_networks_of_different_sizes_have_their_own_rows(studies: Path, capsys: pytest.CaptureFixture[str]):
     for name, accuracy, macs in (("0", 0.95, 1_000_000), ("1", 0.9, 400_000), ("2", 0.9, 400_000)):
         set_json(studies / "alpha" / name / "result.json", dense_accuracy=accuracy, dense_macs=macs)
