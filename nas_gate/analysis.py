@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from nas_gate import landing
 from nas_gate.gates import Gate
 from nas_gate.gating import GatedModel, plain, refuse_optimizers_of
-from nas_gate.modules import copied
+from nas_gate.modules import copied, fresh
 from nas_gate.removal import (
     SIZED,
     RemovalError,
@@ -72,7 +72,7 @@ def analyze(
     of keyword arguments (`keywords` adds some to positional ones). MACs are those of one pass over them, so a batch
     of one gives MACs per example. With `depth`, residual branches are units, too. The model is left as it was.
     """
-    args, kwargs = arguments(example_inputs, keywords)
+    args, kwargs = fresh(arguments(example_inputs, keywords))
     findings = _findings(model, args, kwargs, rules)
     add_switches(findings, model, depth)
     refused: list[tuple[Ints, str]] = []
@@ -80,7 +80,7 @@ def analyze(
         structure = solve(findings, refused)
         if not structure.groups:
             return structure
-        attempt = _Attempt(model, structure, args, kwargs, findings.training)
+        attempt = _Attempt(model, structure, args, kwargs)
         for groups in _trials(structure):
             error = attempt(groups)
             if error is not None:
@@ -119,7 +119,6 @@ class _Attempt:
     structure: Structure
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    training: bool
 
     def __call__(self, groups: Sequence[Group]) -> RemovalError | None:
         generator = np.random.default_rng(0)
@@ -135,7 +134,7 @@ class _Attempt:
             keep[group.start + closed] = False
         try:
             cut = cut_of(self.structure, keep)
-            trial = try_cut(self.model, self.structure, cut, keep, self.args, self.kwargs, self.training)
+            trial = try_cut(self.model, self.structure, cut, keep, self.args, self.kwargs)
             check(self.structure, keep, trial)
         except RemovalError as error:
             return error
@@ -211,7 +210,7 @@ def attach(
     `gated.parameters()`. Raises ValueError where the model rejects its inputs or has no removable unit.
     """
     structure = analyze(model, example_inputs, keywords, rules, depth)
-    gated = GatedModel(copied(model), structure, gate, arguments(example_inputs, keywords), round_to)
+    gated = GatedModel(copied(model), structure, gate, fresh(arguments(example_inputs, keywords)), round_to)
     gated.training = model.training  # the model's own modules keep the modes that they are in
     gated.gates.train(model.training)
     refuse_optimizers_of(model)
@@ -238,7 +237,15 @@ def land(
 def remove_with_proof(gated: GatedModel, keep: Tensor) -> Removed:
     """Remove the units that a boolean keep leaves out; the record holds model, cost and the proof's error."""
     device = gated.gates.weight.device
-    args, kwargs = tree_map(lambda a: a.to(device) if isinstance(a, Tensor) else a, gated.example_inputs)
+    types = {t.dtype for t in gated.model.parameters() if t.is_floating_point()}
+
+    def placed(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        cast = value.is_floating_point() and value.dtype not in types and len(types) == 1  # with the model, since
+        return value.to(device, next(iter(types)) if cast else value.dtype)
+
+    args, kwargs = tree_map(placed, gated.example_inputs)
     return remove_units(plain(gated.model), gated.structure, keep, args, kwargs)
 
 

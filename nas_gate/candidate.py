@@ -223,7 +223,10 @@ def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module] | None
     """
     folder = Path(folder)
     candidate, state = _read(folder)
-    dense = _registered(folder, candidate.model) if factory is None else factory()
+    try:
+        dense = _registered(folder, candidate.model) if factory is None else factory()
+    except TypeError as error:
+        raise CandidateError(f"the factory of {folder} must make the dense model without arguments: {error}") from error
     try:
         network = cut_model(dense, candidate.cut)
         _match_types(network, state)

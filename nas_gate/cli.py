@@ -111,6 +111,10 @@ def _whole_message(error: BaseException) -> str:
     while (cause := error.__cause__) is not None and type(cause).__module__.startswith(("hydra", "omegaconf")):
         lines += [str(cause)] if str(cause) not in lines[-1] else []
         error = cause
+    if "LexerNoViableAlt" in lines[0]:
+        lines.append(
+            "Put values with spaces, brackets or other such signs in quotes: \"data.path='my data (1)/x.npz'\""
+        )
     return "\n".join(lines).strip()
 
 
@@ -392,12 +396,17 @@ def composed(overrides: Sequence[str], config_dir: str | None = None) -> dict[st
     _prepare_hydra()
     if config_dir is not None and not Path(config_dir).is_dir():
         raise Refused(f"`--config-dir` must be a folder, but {config_dir} is none.")
-    more = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
+    more = [f"hydra.searchpath=[{_quoted(f'file://{Path(config_dir).resolve()}')}]"] if config_dir is not None else []
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = hydra.compose("config", [*overrides, *more])
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _quoted(value: str) -> str:
+    """A value as Hydra's grammar reads any text."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,9 @@ class CostModel(nn.Module):
         weights, fixed = getattr(self, f"_{metric}_weights"), getattr(self, f"_{metric}_fixed")
         axes, coefficient = getattr(self, f"_{metric}_axes"), getattr(self, f"_{metric}_coefficient")
         kept = weights @ open_units + fixed
-        result: Tensor = coefficient @ kept[axes].prod(dim=0) + self._other[metric]
+        # not prod, whose gradient makes the processor wait for a GPU, to count zeros
+        products = reduce(torch.mul, kept[axes].unbind(0))
+        result: Tensor = coefficient @ products + self._other[metric]
         return result
 
     def total(self, metric: str = "macs") -> float:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning_fabric import Fabric
 from rich.console import Console
@@ -16,28 +17,41 @@ from nas_gate.described import PLACES, Plain, differences
 from nas_gate.errors import InUse, Refused
 from nas_gate.files import write_text
 
+LOOK = 1.0  # seconds between two looks at a folder that another process holds
+
 
 @contextmanager
 def held(folder: Path, fabric: Fabric, *, wait: bool = False, console: Console | None = None) -> Iterator[None]:
     """Hold `folder` against other runs, which wait or are refused. A killed process lets go by dying."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        if fabric.is_global_zero:
-            try:
-                import fcntl
-            except ImportError:  # no such locks on Windows; all files are replaced whole, so the last one wins
-                pass
-            else:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if not wait:
-                        raise InUse(f"Another process is working in {folder}.") from None
-                    if console is not None:
-                        console.print(f"waiting for another process to finish {folder}", soft_wrap=True)
-                    fcntl.flock(file, fcntl.LOCK_EX)
-        fabric.barrier()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise Refused(f"{folder} must be a folder that can be written to: {error}") from error
+    with lock as file:
+        # all processes of a run learn of every look: waiting in a barrier, the others would give up after half an hour
+        looks = 0
+        while not fabric.broadcast(not fabric.is_global_zero or _locked(file)):
+            if not wait:
+                raise InUse(f"Another process is working in {folder}.")
+            if console is not None and looks == 0:
+                console.print(f"waiting for another process to finish {folder}", soft_wrap=True)
+            looks += 1
+            time.sleep(LOOK)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether the file is locked by this process now."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows; all files are replaced whole, so the last one wins
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def refuse_other_settings(described: Plain, run_dir: Path, may_differ: Sequence[str] = ()) -> None:

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,8 @@ class LatencyModel(nn.Module):
         # an axis that an operation lacks, or has fewer points of, goes on with points at which nothing changes
         points = np.tile(np.arange(count, dtype=float), (operations, degree, 1))
         ms = np.zeros((operations, *([count] * degree)))
-        needs = np.zeros((operations, groups), dtype=bool)
+        longest = max((len(operation.needs) for operation in table.operations), default=0)
+        needs = np.full((operations, max(1, longest)), groups)  # beyond the groups stands what is always there
         for row, operation in enumerate(table.operations):
             grid = table.grids[operation.name]
             values = isotone(np.array(grid.ms).reshape([len(p) for p in grid.points]))
@@ -110,7 +112,7 @@ class LatencyModel(nn.Module):
                 fixed[row, d] = axis.fixed
                 for group, n in axis.groups:
                     weights[row, d, group] = n
-            needs[row, list(operation.needs)] = True
+            needs[row, : len(operation.needs)] = list(operation.needs)
         arrays = {"fixed": fixed, "weights": weights, "points": points, "ms": ms, "needs": needs}
         for name, array in arrays.items():
             self.register_buffer(f"_{name}", torch.from_numpy(array), persistent=False)
@@ -133,7 +135,8 @@ class LatencyModel(nn.Module):
 
     def _runs(self, open_units: Tensor) -> Tensor:
         """1 for every operation that runs, 0 for the others, shape (operations,)."""
-        return torch.where(self._needs, open_units.clamp(max=1), 1).prod(dim=1)
+        there = torch.cat([open_units.clamp(max=1), open_units.new_ones(1)])
+        return reduce(torch.mul, there[self._needs].unbind(1))  # as in `CostModel.of_counts`
 
     def _alone(self, open_units: Tensor) -> Tensor:
         """Interpolated milliseconds of every operation by itself, shape (operations,)."""

@@ -9,21 +9,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+_TABLES = frozenset(vars(nn.Module()))
+"""Attributes of every module: its parameters, buffers, modules and hooks."""
 
 
 def copied(model: nn.Module, tensors: Mapping[int, Any] | None = None) -> nn.Module:
     """What copy.deepcopy gives, in half the time; `tensors` takes the place of those with these identities.
 
     Every module holds about ten empty tables of hooks, which copy.deepcopy takes longer for than for the rest. What a
-    module has computed and keeps (the weight of torch.nn.utils.weight_norm), which copy.deepcopy refuses, is a constant
-    in the copy.
+    module has computed and keeps (the weight of torch.nn.utils.weight_norm, a list of features), which copy.deepcopy
+    refuses, is a constant in the copy.
     """
     memo = dict(tensors or {})
     for module in model.modules():
         values = vars(module).values()
         memo.update({id(v): OrderedDict() for v in values if type(v) is OrderedDict and not v})
-        memo.update({id(v): v.detach().clone() for v in values if isinstance(v, Tensor) and not v.is_leaf})
+        kept = [v for name, v in vars(module).items() if name not in _TABLES]
+        memo.update({id(v): v.detach().clone() for v in tree_leaves(kept) if isinstance(v, Tensor) and not v.is_leaf})
     return copy.deepcopy(model, memo)
+
+
+def fresh(values: Any) -> Any:
+    """Arguments of a call with copies of their tensors, which it may change in place."""
+
+    def again(value: Any) -> Any:
+        return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    return tree_map(again, values)
 
 
 class Zero(nn.Module):
@@ -101,3 +115,8 @@ class Choice(nn.Module):
                 )
             result = result + output * self.keep[index]
         return result
+
+
+def choices_of(model: nn.Module) -> list[str]:
+    """The paths of a model's choices."""
+    return [path for path, module in model.named_modules() if isinstance(module, Choice)]

@@ -110,7 +110,8 @@ def announce(settings: Settings, prepared: Prepared, console: Console) -> None:
         console,
         f"{settings.model.name} on {settings.data.name}: {millions(cost.total('macs'))} MACs, "
         f"{millions(cost.total('params'))} parameters, {structure.units} units in {len(structure.groups)} "
-        f"groups; {wanted} (reachable: from {prepared.lowest:.3f}){limits} by {settings.method}",
+        f"groups; {wanted} (reachable: from {prepared.lowest:.3f}){limits} by {settings.method}, "
+        f"on {prepared.fabric.device}",
     )
 
 

@@ -25,7 +25,7 @@ from nas_gate.gating import GatedModel
 from nas_gate.landing import choose, reachable
 from nas_gate.latency import batch
 from nas_gate.measuring import identify, measure_latency
-from nas_gate.modules import Choice
+from nas_gate.modules import choices_of
 from nas_gate.settings import Settings
 from nas_gate.tasks import Task, make_task
 from nas_gate.training import Hardware, Loader, compiled, connect, output_of, place, seed_everything
@@ -142,13 +142,11 @@ def task_of(settings: Settings) -> Task:
 
 def check_strategy(hardware: Hardware, model: nn.Module, fabric: Fabric) -> None:
     """ValueError where processes would wait in vain for gradients: of a Choice's candidates one is trained a step."""
-    if fabric.world_size > 1 and "find_unused" not in hardware.strategy:
-        chosen = [name for name, module in model.named_modules() if isinstance(module, Choice)]
-        if chosen:
-            raise ValueError(
-                f"`hardware.strategy` must be ddp_find_unused_parameters_true where the model has a Choice, as "
-                f"{chosen[0]!r}, but got {hardware.strategy!r}"
-            )
+    if fabric.world_size > 1 and "find_unused" not in hardware.strategy and (chosen := choices_of(model)):
+        raise ValueError(
+            f"`hardware.strategy` must be ddp_find_unused_parameters_true where the model has a Choice, as "
+            f"{chosen[0]!r}, but got {hardware.strategy!r}"
+        )
 
 
 def try_task(task: Task, model: nn.Module, data: datasets.Data) -> None:

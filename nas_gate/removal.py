@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from nas_gate.attention import HeadsAttention
 from nas_gate.cost import METRICS, CostModel
 from nas_gate.gating import choice_at, normalize_over_all, normalize_over_kept, standardized
-from nas_gate.modules import Choice, Zero, copied
+from nas_gate.modules import Choice, Zero, copied, fresh
 from nas_gate.structure import Structure
 from nas_gate.structure.graph import found_in
 from nas_gate.structure.sizes import Corrections, Needs, correct, first_run
@@ -434,13 +434,12 @@ def try_cut(
     keep: Tensor,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    training: bool = False,
 ) -> Trial:
     """Cut the model, find what its modules' own code needs corrected, and compare with the gated model.
 
     Both are compared in evaluation mode. Tensors without information are made random for both meanwhile, so that
-    statistics of norms are never trivial. With `training` the smaller model must run in training mode, too. Raises
-    RemovalError where it does not run.
+    statistics of norms are never trivial. Raises RemovalError where the smaller model does not run, in evaluation mode
+    or in training mode, in which only the model itself may fail as well (it may want targets then).
     """
     small = cut_model(model, cut)
     random, own = informative(model), tensors_of(small)
@@ -462,9 +461,7 @@ def try_cut(
             exits.enter_context(mode_of(network, training=False))
         with plain_operations():
             (got, macs), corrections = first_run(small, _needs(model, structure, cut, keep), counted)
-            if training:
-                with mode_of(small, training=True), _blaming(small):
-                    small(*args, **kwargs)
+            _try_training(model, small, args, kwargs)
             with closed(model, structure, keep) as gated:
                 error = relative_error(_seeded(model, args, kwargs, gated), got)
             exact = None if error <= DOUBT else _exact_error(model, small, structure, keep, args, kwargs)
@@ -475,6 +472,19 @@ def try_cut(
     return Trial(small, replace(cut, corrections=corrections), error, exact, macs, params)
 
 
+def _try_training(model: nn.Module, small: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    try:
+        with mode_of(small, training=True), _blaming(small):
+            _seeded(small, args, kwargs)
+    except RemovalError:
+        try:
+            with mode_of(model, training=True):
+                _seeded(model, args, kwargs)
+        except Exception:  # whatever the model refuses
+            return
+        raise
+
+
 def _seeded(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], call: Callable[..., Any] | None = None
 ) -> Any:
@@ -482,6 +492,7 @@ def _seeded(
     # not torch.manual_seed, which would also seed devices whose state nobody gives back
     for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in gpus(model))):
         generator.manual_seed(0)
+    args, kwargs = fresh((tuple(args), dict(kwargs)))
     return (call or model)(*args, **kwargs)
 
 

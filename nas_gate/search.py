@@ -37,6 +37,7 @@ from nas_gate.described import Plain
 from nas_gate.folders import digest, file_name, held, read_json, refuse_other_settings, write_json
 from nas_gate.import_paths import is_import_path, source_digest
 from nas_gate.measuring import fastest, on_processor
+from nas_gate.modules import choices_of
 from nas_gate.outcome import Stage, announce, announce_leg, combined, figures, named, report, tell
 from nas_gate.prepare import Prepared, decide, example_input, load_data, prepare, refusing, seeded_model, timed_input
 from nas_gate.removal import Removed
@@ -251,8 +252,10 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
         "versions": versions(),
         **{key: value for key, value in describe(settings).items() if key == "task"},
     }
-    if settings.hardware.compile is not None:
-        key["compile"] = settings.hardware.compile
+    # random paths are nothing to compile: every choice begins another graph
+    mode = None if choices_of(prepared.dense) else settings.hardware.compile
+    if mode is not None:
+        key["compile"] = mode
     own = [named.name for named in (settings.model, settings.task) if is_import_path(named.name)]
     if own:  # the network's modules, too: the file may take them from others
         shapes = {name: tuple(tensor.shape) for name, tensor in prepared.dense.state_dict().items()}
@@ -275,7 +278,7 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
             epochs=range(settings.dense.epochs),
             seed=settings.seed,
             clip_norm=settings.dense.clip_norm,
-            compile_mode=settings.hardware.compile,
+            compile_mode=mode,
             checkpoint=folder / "dense.pt",
             console=console,
             label="dense",

@@ -9,7 +9,9 @@ rank) alone, so that a run killed at any moment continues to bit-for-bit the sam
 from __future__ import annotations
 
 import math
+import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -108,7 +111,7 @@ class Hardware:
 
     `accelerator` "auto" is a GPU by CUDA where there is one, else the processor. `compile` is a mode of
     `torch.compile`, one of COMPILE_MODES, in which networks are trained; None trains them as they are. ValueError for
-    any other mode or precision, and for Apple's MPS, which lacks float64.
+    any other mode or precision, for strategies that split a network, and for Apple's MPS, which lacks float64.
     """
 
     accelerator: str = "auto"
@@ -120,24 +123,43 @@ class Hardware:
 
     def __post_init__(self) -> None:
         require(self.accelerator != "mps", "`accelerator` must have float64, in which costs are exact", "mps")
+        whole = self.strategy == "auto" or self.strategy.startswith("ddp")
+        require(whole, "`strategy` must be auto or one of ddp's: gates need the whole network", self.strategy)
         require(self.precision in PRECISIONS, f"`precision` must be one of {PRECISIONS}", self.precision)
         known = self.compile is None or self.compile in COMPILE_MODES
         require(known, f"`compile` must be null or one of {COMPILE_MODES}", self.compile)
 
 
 def connect(hardware: Hardware) -> Fabric:
-    """The launched Fabric of `hardware`; what Fabric does not know it refuses with an error of its own."""
+    """The launched Fabric of `hardware`; ValueError for what Fabric refuses: more devices than there are, for one."""
     accelerator = hardware.accelerator
     if accelerator == "auto":  # Fabric's own choice would be MPS on a Mac
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=hardware.devices,
-        strategy=hardware.strategy,
-        precision=hardware.precision,  # type: ignore[arg-type]  # checked by Fabric, with the list
-    )
+    try:
+        fabric = Fabric(
+            accelerator=accelerator,
+            devices=hardware.devices,
+            strategy=hardware.strategy,
+            precision=hardware.precision,  # type: ignore[arg-type]  # checked by Fabric, with the list
+        )
+    except (MisconfigurationException, RuntimeError) as error:
+        raise ValueError(str(error)) from error
     fabric.launch()
+    if not fabric.is_global_zero:
+        _end_with_parent()
     return fabric
+
+
+def _end_with_parent() -> None:
+    """End this process soon after the one that started it: at the next barrier it would wait for it, with its GPU."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def place(module: nn.Module, fabric: Fabric, *, channels_last: bool = False) -> nn.Module:
@@ -151,7 +173,8 @@ def place(module: nn.Module, fabric: Fabric, *, channels_last: bool = False) -> 
         layout = torch.contiguous_format if unsafe else torch.channels_last
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.dim() == 4:
-                tensor.data = tensor.data.contiguous(memory_format=layout)
+                # not `contiguous`, which leaves 1x1 weights' strides, and DDP would copy their gradients at every step
+                tensor.data = tensor.data.clone(memory_format=layout)
     return module
 
 
@@ -426,7 +449,7 @@ def fit(
             history.append(
                 Epoch(
                     epoch=epoch,
-                    loss=float(torch.stack(losses).double().mean()),
+                    loss=float(_sum(torch.stack(losses).double().mean(), fabric)) / fabric.world_size,
                     train_accuracy=task.metric.value(_sum(counts, fabric)),
                     accuracy=evaluate(module, validation, fabric=fabric, task=task).accuracy,
                     seconds=time.monotonic() - began,

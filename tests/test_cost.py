@@ -276,6 +276,13 @@ def test_monotone_in_every_unit(residual: Structure, metric: str) -> None:
         assert float(cost(opened, metric)) > float(cost(boolean, metric))  # ... and at corners
 
 
+def test_nothing_waits_for_the_device(structure: Structure) -> None:
+    """On a device without values whatever reads one fails, also in the gradient."""
+    keep = torch.ones(structure.units, device="meta", requires_grad=True)
+    CostModel(structure).to("meta")(keep).backward()
+    assert keep.grad is not None
+
+
 def test_is_float64_whatever_the_keep(structure: Structure) -> None:
     cost = CostModel(structure)
     for dtype in (torch.bool, torch.bfloat16, torch.float32, torch.float64):

@@ -72,7 +72,84 @@ def test_accuracy_is_the_last_epochs_never_the_best(whole: tuple[Path, dict[str,
     history = json.loads((folder / "run" / "history.json").read_text())
     assert result["accuracy"] == history["finetuned"][-1]["accuracy"]
     assert result["dense_accuracy"] == history["dense"][-1]["accuracy"]
+    assert result["gated_accuracy"] == history["gated"][-1]["accuracy"]  # of validation data, too
     assert [entry["epoch"] for entry in history["gated"] + history["finetuned"]] == [0, 1, 2, 3]
+
+
+def test_gates_learn_what_the_budget_asks(whole: tuple[Path, dict[str, Any], str]):
+    """Landing reaches any target; what is told here is that training has come near it before."""
+    folder, _, _ = whole
+    costs = [epoch["figures"]["cost"] for epoch in json.loads((folder / "run" / "history.json").read_text())["gated"]]
+    assert costs[-1] < min(0.8, costs[0])
+
+
+@pytest.mark.parametrize("test", [True, False])
+def test_test_data_are_looked_at_once_or_never(test: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    looks = []
+
+    class Counted:
+        def __init__(self, loader: Any) -> None:
+            self._loader = loader
+
+        def __iter__(self) -> Any:
+            looks.append(1)
+            return iter(self._loader)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._loader, name)
+
+    real = search.prepare
+
+    def prepared(*given: Any) -> Any:
+        found = real(*given)
+        return replace(found, test=Counted(found.test))
+
+    monkeypatch.setattr(search, "prepare", prepared)
+    short = replace(TINY, test=test, dense=replace(RECIPE, epochs=1), cycle=replace(RECIPE, epochs=2))
+    run(tmp_path, replace(short, gating=replace(TINY.gating, epochs=1)))
+    assert len(looks) == test
+
+
+def test_seeds_draw_other_validation_data():
+    first, second, again = (prepare.load_data(replace(TINY, seed=seed)).validation for seed in (0, 1, 0))
+    images = [torch.cat([x for x, _ in loader]) for loader in (first, second, again)]
+    assert torch.equal(images[0], images[2])
+    assert not torch.equal(images[0], images[1])
+
+
+def test_settings_reach_what_they_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: dict[str, Any] = {}
+
+    def spy(name: str, real: Any) -> Any:
+        return lambda *a, **k: (seen.update({name: (a, k)}), real(*a, **k))[1]
+
+    for name in ("spread_gates", "distilled", "Adam"):
+        monkeypatch.setattr(search, name, spy(name, getattr(search, name)))
+    settings = replace(
+        TINY,
+        cycle=replace(RECIPE, epochs=2),
+        gating=Gating(epochs=1, learning_rate=0.07, descent=0.5, spread=0.4),
+        distillation=search.Distillation(weight=0.3, temperature=2.0),
+        round_to=4,
+    )
+    result = run(tmp_path, settings)
+    assert seen["spread_gates"][0][1] == 0.4
+    assert seen["distilled"][1] == {"weight": 0.3, "temperature": 2.0}
+    assert seen["Adam"][1] == {"lr": 0.07}
+    widths = [m.out_channels for m in nas_gate.load(result["path"]).modules() if isinstance(m, nn.Conv2d)]
+    assert widths
+    assert all(width % 4 == 0 for width in widths)
+
+
+def test_the_lagrangian_is_of_the_metric_that_is_asked_for():
+    gated = nas_gate.attach(models.build("digits_cnn", width=0.25), torch.zeros(1, 1, 8, 8))
+    with torch.no_grad():
+        gated.gates.weight[: gated.structure.groups[0].size // 2] = -1.0
+    shares = {metric: float(gated.cost_share(metric).detach()) for metric in ("macs", "params")}
+    assert shares["macs"] != pytest.approx(shares["params"], abs=1e-3)
+    for metric, share in shares.items():
+        term = budgets.make_budget("lagrangian", metric, rate=2.0).loss(gated, 0.25, {})
+        assert float(term.detach()) == pytest.approx((share - 0.25) ** 2, rel=1e-5)  # rate / 2 * gap ** 2
 
 
 def test_what_is_printed(whole: tuple[Path, dict[str, Any], str]):
@@ -350,7 +427,8 @@ def test_legs_share_the_gated_epochs():
 
 
 def test_the_target_descends_from_leg_to_leg():
-    gated = nas_gate.attach(models.build("digits_cnn", width=0.25), torch.zeros(1, 1, 8, 8))
+    gate = nas_gate.make_gate("annealed_sigmoid")
+    gated = nas_gate.attach(models.build("digits_cnn", width=0.25), torch.zeros(1, 1, 8, 8), gate=gate)
     gating = Gating(epochs=8, descent=0.5)
     settings = replace(TINY, cycle=Recipe(epochs=10), gating=gating, targets=(0.6, 0.2), target=0.5)
     controller = budgets.GateController(gated, budgets.make_budget("penalty", "macs"), settings)
@@ -366,6 +444,7 @@ def test_the_target_descends_from_leg_to_leg():
     ):
         controller.before_step(epoch)
         assert controller.figures()["target"] == pytest.approx(target)
+        assert float(gated.gates.function.progress) == pytest.approx(epoch / 8)
 
 
 def test_nan_stops_the_stage_with_the_dense_weights_kept(tmp_path: Path):
@@ -531,8 +610,10 @@ def test_bad_input_is_refused_before_any_training(
 
 def test_without_a_compiler_compiling_is_refused_before_any_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # which must not know the answer
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no such compiler",))
-    with pytest.raises(Refused, match=r"`hardware.compile` must be null .* here: .*no such compiler.*\Z"):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no such compiler",)}),
+        pytest.raises(Refused, match=r"`hardware.compile` must be null .* here: .*no such compiler.*\Z"),
+    ):
         run(tmp_path, changed(hardware=Hardware(accelerator="cpu", compile="default")))
     assert not (tmp_path / "run").exists()
 
@@ -611,7 +692,7 @@ def test_other_settings_in_the_same_folder_are_refused_with_what_differs(
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path):
-    fabric = SimpleNamespace(is_global_zero=True, barrier=lambda: None)
+    fabric = SimpleNamespace(is_global_zero=True, broadcast=lambda got: got)
     with (
         folders.held(tmp_path, fabric),  # type: ignore[arg-type]
         pytest.raises(InUse, match="Another process is working in"),

@@ -24,6 +24,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from conftest import missing
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
@@ -220,6 +221,22 @@ def failing(times: int, make: Callable[[], BaseException], at: int = 2) -> Job:
         return inner(replace(running, on_epoch=on_epoch))
 
     return job
+
+
+def test_a_dead_gpu_ends_the_process_not_the_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After an error on the device every later call of the process fails; it must not take and fail what is left."""
+
+    def dead() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", dead)
+    a_plan = plan(tmp_path, n_trials=3)
+    with pytest.raises(StudyFailed, match=r"no longer answers after trial 1: CUDA error"):
+        run(a_plan, failing(1, lambda: RuntimeError("CUDA error")), [], QUIET)
+    monkeypatch.undo()
+    run(a_plan, counting(4, 0.0), [], QUIET)
+    all_finished(a_plan, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,19 @@ def test_what_is_no_task(name: str, arguments: dict, error: type, message: str, 
 def test_a_metrics_name_is_an_identifier_and_no_other_figures(name: str, rule: str):
     with pytest.raises(ValueError, match=f"must be {rule}.* but is '{name}'"):
         Metric(name, tasks.confusion, float)
+
+
+@pytest.mark.parametrize(
+    ("count", "outputs", "targets"),
+    [
+        (tasks.ACCURACY.count, torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)),
+        (tasks.confusion, torch.zeros(4, 3, 2, 2), torch.zeros(4, 2, 2, dtype=torch.int64)),
+        (tasks.ERROR.count, torch.zeros(4, 3), torch.zeros(4, 3)),
+    ],
+)
+def test_counting_waits_for_no_device(count: Callable, outputs: torch.Tensor, targets: torch.Tensor):
+    """On a device without values whatever reads one fails."""
+    assert count(outputs.to("meta"), targets.to("meta")).device.type == "meta"
 
 
 def test_a_metric_that_cannot_be_shown_is_refused():

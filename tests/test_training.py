@@ -1,9 +1,12 @@
 import copy
 import io
 import math
+import os
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -205,6 +208,60 @@ def test_every_optimiser_follows_the_schedule_from_its_own_rate():
         epochs=range(1),
     )
     assert [group["lr"] for made in (weights, others) for group in made.param_groups] == [0.25, 0.05, 0.005]
+
+
+def test_the_controllers_loss_trains_what_it_is_of():
+    aside = nn.Parameter(torch.tensor(0.0))
+
+    class Pull(Counter):
+        def loss(self) -> Tensor:
+            return (aside - 3) ** 2
+
+    data, module = loader(), network()
+    fit(
+        module,
+        data,
+        data,
+        fabric=connect(CPU),
+        optimisers=[torch.optim.SGD(module.parameters(), lr=0.1), torch.optim.SGD([aside], lr=0.1)],
+        schedule=lambda epoch: 1.0,
+        objective=lambda outputs, inputs, targets: 0 * outputs.sum(),
+        epochs=range(1),
+        controller=Pull(),
+    )
+    assert float(aside.detach()) == pytest.approx(3 * (1 - 0.8**3))  # three steps of 0.2 of the way
+
+
+def test_seeds_draw_other_batches_and_masks():
+    first, second, again = (network() for _ in range(3))
+    for module, seed in ((first, 0), (second, 1), (again, 0)):
+        train(module, seed=seed)
+    assert same(first, again)
+    assert not same(first, second)
+
+
+def test_clipping_is_of_the_first_optimiser():
+    """The weights': gates have a rate of their own, and no other parameter's gradient must shrink theirs."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(32, 4, bias=False), nn.Linear(4, 2, bias=False))
+    x, y = torch.randn(8, 2, 4, 4), torch.zeros(8, dtype=torch.int64)
+    before = [layer.weight.detach().clone() for layer in module[1:]]
+    wanted = torch.autograd.grad(100 * module(x).square().sum(), [layer.weight for layer in module[1:]])
+    data = TensorLoader(x, y, batch_size=8, mean=[0, 0], std=[1, 1])
+    fit(
+        module,
+        data,
+        data,
+        fabric=connect(CPU),
+        optimisers=[torch.optim.SGD(layer.parameters(), lr=1.0) for layer in module[1:]],
+        schedule=lambda epoch: 1.0,
+        objective=lambda logits, x, y: 100 * logits.square().sum(),
+        epochs=range(1),
+        clip_norm=0.1,
+    )
+    moved = [layer.weight.detach() - old for layer, old in zip(module[1:], before)]
+    assert float(moved[0].norm()) == pytest.approx(0.1, rel=1e-3)
+    torch.testing.assert_close(moved[1], -wanted[1])
 
 
 def test_gradient_clipping_bounds_the_step():
@@ -417,7 +474,7 @@ def test_two_processes_train_as_one(tmp_path: Path):
     fabric, folder = connect(Hardware(accelerator="cpu", devices=2, strategy="ddp")), Path(sys.argv[1])
     module = network(norm=False, dropout=0.0)
     history = train(module, folder / "c.pt", fabric=fabric, data=loader().shard(rank, 2))
-    state = {"weights": module.state_dict(), "accuracy": history[-1].train_accuracy}
+    state = {"weights": module.state_dict(), "accuracy": history[-1].train_accuracy, "loss": history[-1].loss}
     torch.save(state, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
     if child:
@@ -430,9 +487,57 @@ def test_two_processes_train_as_one(tmp_path: Path):
         assert torch.equal(results[0]["weights"][name], results[1]["weights"][name])
         torch.testing.assert_close(results[0]["weights"][name], value, rtol=1e-4, atol=1e-5)
     assert results[0]["accuracy"] == history[-1].train_accuracy
+    assert results[0]["loss"] == results[1]["loss"] == pytest.approx(history[-1].loss, rel=1e-4)
     state = training.read_checkpoint(tmp_path / "c.pt")
     assert state is not None
     assert len(state["history"]) == 4
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path):
+    """Else it would wait at the next barrier, with its GPU, for half an hour."""
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        "from nas_gate.training import Hardware, connect\n"
+        "fabric = connect(Hardware(accelerator='cpu', devices=2, strategy='ddp'))\n"
+        "pathlib.Path(f'{fabric.global_rank}.pid').write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    first = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path)
+    wait_for(lambda: all((tmp_path / f"{rank}.pid").exists() for rank in (0, 1)))
+    second = int((tmp_path / "1.pid").read_text())
+    os.kill(second, 0)  # it is there
+    first.kill()
+    first.wait()
+    with pytest.raises(ProcessLookupError):
+        wait_for(lambda: os.kill(second, 0))
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.2)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    ("hardware", "message"),
+    [
+        (lambda: Hardware(strategy="fsdp"), r"`strategy` must be auto or one of ddp's.*fsdp"),
+        (lambda: connect(Hardware(accelerator="cuda", devices=1000)), "(?i)gpu|cuda"),
+    ],
+)
+def test_a_machine_that_is_not_there_is_refused(hardware: Callable[[], object], message: str):
+    with pytest.raises(ValueError, match=message):
+        hardware()
+
+
+def test_weights_of_1x1_convolutions_are_laid_out_as_their_gradients():
+    module = training.place(nn.Conv2d(4, 8, 1), connect(Hardware(accelerator="cpu")), channels_last=True)
+    module(torch.randn(2, 4, 5, 5)).sum().backward()
+    assert module.weight.grad is not None
+    assert module.weight.stride() == module.weight.grad.stride() == (4, 1, 4, 4)
 
 
 # --- what is shown ---

@@ -296,7 +296,13 @@ class CorrectedForward:
             right = self._needs.sizes.get(call, sizes)
             self.sizes[call] = {i: (n, int(size)) for i, (n, size) in enumerate(zip(right, sizes)) if n != size}
         result = list(sizes)
-        for position, (right_size, computed) in self.sizes.get(call, {}).items():
+        wrong = self.sizes.get(call, {})
+        if wrong and max(wrong) >= len(sizes):
+            raise RuntimeError(
+                f"{type(self.module).__name__} must make the calls of the example run that it was analysed with, but "
+                f"{call} has the sizes {sizes} here: analyse with inputs, and remove for a use, that take the same path"
+            )
+        for position, (right_size, computed) in wrong.items():
             result[position] = sizes[position] * right_size // computed if computed else right_size
         return result
 

@@ -166,8 +166,6 @@ class Findings:
     kept: list[tuple[str, str, str]] = field(default_factory=list)
     """Branches that cannot be units: kind, name and reason."""
     macs: int = 0
-    training: bool = False
-    """Whether a run in training mode took part."""
 
     def label(self, name: str, shape: Sequence[int]) -> tuple[Track, ...]:
         """Fresh labels for every dimension of one tensor; a dimension of size 1 has nothing to choose."""
@@ -445,6 +443,7 @@ def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Give buffers and the random state back as they were."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    objects = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]  # a forward may assign new ones
     with torch.random.fork_rng(devices=gpus(model)):
         try:
             yield
@@ -452,6 +451,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+            for table, entries in objects:
+                table.update(entries)
 
 
 def gpus(model: nn.Module) -> list[int]:
@@ -636,7 +637,6 @@ def trace(
         macs, prices = findings.macs, list(findings.prices)
         try:
             used |= once(True, Graph())
-            findings.training = True
         except ValueError as error:
             warnings.warn(
                 f"nas-gate: {len(unused)} parameters are not used in evaluation mode, and the training mode "

@@ -131,6 +131,7 @@ def _attempt(claim: Claim, joined: Joined, job: Job) -> None:
         with (folder / "log.txt").open("a") as log:
             traceback.print_exc(file=log)
         claim.failed(f"{type(error).__name__}: {error}")
+        _require_living_gpu(claim.number)
     else:
         if missing:
             message = f"the job returned no {missing[0]!r}; it returned {', '.join(sorted(figures))}."
@@ -145,6 +146,18 @@ def _attempt(claim: Claim, joined: Joined, job: Job) -> None:
             if name not in trial.constraints:  # an earlier owner may have come this far
                 trial.set_constraint(name, value - plan.constraints[name])
         claim.tell(TrialState.COMPLETE, values)
+
+
+def _require_living_gpu(number: int) -> None:
+    """StudyFailed where this process's GPU no longer answers: after an error on the device no call of it ever will.
+
+    A supervised worker is started again; going on, it would fail all trials that there are, within seconds.
+    """
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise StudyFailed(f"the GPU no longer answers after trial {number}: {error}") from error
 
 
 def _watch(claim: Claim, joined: Joined) -> EpochHook:
