@@ -168,14 +168,14 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]):
 
 
 def test_configuration_files_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    own = tmp_path / "own" / "model"
+    own = tmp_path / "own (1)" / "model"
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text("name: digits_cnn\narguments: {width: 0.125}\n")
     seen = []
     monkeypatch.setattr(search, "search", lambda settings, run_dir, **more: seen.append(settings))
-    assert cli.main(["search", "--config-dir", "own", "model=mine"]) == 0
+    assert cli.main(["search", "--config-dir", "own (1)", "model=mine"]) == 0
     assert seen[0].model.arguments == {"width": 0.125}
-    assert cli.main(["inspect", "--config-dir", "own", "model=mine", "--input", "1x8x8"]) == 0
+    assert cli.main(["inspect", "--config-dir", "own (1)", "model=mine", "--input", "1x8x8"]) == 0
 
 
 def test_values_are_checked_where_configuration_ends():

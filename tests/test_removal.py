@@ -793,3 +793,79 @@ def test_a_model_that_makes_float32_numbers_is_judged_in_float32() -> None:
     trial = removal.try_cut(model, structure, Cut({}, {}), KEEP, (images(),), {})
     assert trial.exact is None
     assert trial.error > removal.TOLERANCE  # nothing was cut, so they differ
+
+
+# --- what a user's modules do besides computing -------------------------------------------------------------
+
+
+class Keeps(nn.Module):
+    """Changes its input in place, gives itself a new buffer, and keeps what it has computed in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.kept = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 2, 3), []
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.sub_(0.5).div_(0.3)).relu()
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        self.kept = [hidden, {"again": hidden}]
+        return self.last(hidden)
+
+
+def test_inputs_buffers_and_kept_activations_are_no_obstacle() -> None:
+    model, x = Keeps(), torch.rand(1, 2, 8, 8)
+    before, buffer = x.clone(), model.mean
+    gated = nas_gate.attach(model, x)
+    assert torch.equal(x, before)
+    assert model.mean is buffer
+    assert float(buffer) == 0
+    gated(x.clone()).sum().backward()
+    small = nas_gate.remove(gated, 0.6)
+    assert small.first.out_channels < 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_that_was_cast_while_gated_is_removed(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    gated = nas_gate.attach(model, torch.rand(1, 2, 8, 8)).to(dtype)
+    small = nas_gate.remove(gated, 0.6)
+    assert small(torch.rand(1, 2, 8, 8, dtype=dtype)).dtype == dtype
+
+
+class Noisy(nn.Module):
+    """Noise of a fixed width, in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        if self.training:
+            hidden = hidden + 0.1 * torch.randn(8)
+        return self.last(self.second(hidden).relu())
+
+
+def test_what_fails_in_training_mode_is_fixed() -> None:
+    structure = nas_gate.analyze(Noisy(), torch.rand(3, 4))
+    assert [(group.name, group.size) for group in structure.groups] == [("second", 8)]
+
+
+class WantsTargets(nn.Module):
+    """In training mode it gives a loss, which needs more than its example inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        out = self.last(self.first(x).relu())
+        if self.training:
+            assert wanted is not None
+            return (out - wanted).square().mean()
+        return out
+
+
+def test_a_model_that_wants_targets_in_training_is_cut_all_the_same() -> None:
+    assert [group.size for group in nas_gate.analyze(WantsTargets(), torch.rand(3, 4)).groups] == [8]

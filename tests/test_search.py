@@ -707,3 +707,9 @@ def test_dense_epochs_0_keep_the_models_own_weights(tmp_path: Path):
     settings = replace(TINY, dense=replace(RECIPE, epochs=0))
     assert search.train_dense(settings, prepared, tmp_path) == []
     assert all(torch.equal(before[name], value) for name, value in prepared.dense.state_dict().items())
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(Refused, match=r"run must be a folder that can be written to"):
+        run(tmp_path)
