@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -115,15 +116,22 @@ def save(
 def _written(corrections: Corrections) -> dict[str, Any]:
     return {
         "sizes": {call: {str(i): list(pair) for i, pair in s.items()} for call, s in corrections.sizes.items()},
-        "factors": dict(corrections.factors),
+        "factors": {call: list(pair) for call, pair in corrections.factors.items()},
     }
 
 
 def _corrections(written: Mapping[str, Any]) -> Corrections:
     return Corrections(
         {str(call): {int(i): (int(n), int(m)) for i, (n, m) in s.items()} for call, s in written["sizes"].items()},
-        {str(call): float(factor) for call, factor in written["factors"].items()},
+        {str(call): _factor(factor) for call, factor in written["factors"].items()},
     )
+
+
+def _factor(written: Any) -> tuple[float, float]:
+    if isinstance(written, int | float):  # of an earlier version, which did not say what it stands for
+        return float(written), math.nan
+    right, computed = written
+    return float(right), float(computed)
 
 
 def _aliases(state: Mapping[str, torch.Tensor]) -> dict[str, str]:

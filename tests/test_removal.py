@@ -869,3 +869,35 @@ class WantsTargets(nn.Module):
 
 def test_a_model_that_wants_targets_in_training_is_cut_all_the_same() -> None:
     assert [group.size for group in nas_gate.analyze(WantsTargets(), torch.rand(3, 4)).groups] == [8]
+
+
+class Attends(nn.Module):
+    """Attention whose scale is the second number of its forward in training mode, and the first in evaluation mode."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.query, self.key, self.value, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.first:
+            x = x + torch.ones_like(x) * 0.01
+        batch, length, width = x.shape
+        q, k, v = (m(x).view(batch, length, 4, -1).transpose(1, 2) for m in (self.query, self.key, self.value))
+        weights = ((q * (width // 4) ** -0.5) @ k.transpose(-1, -2)).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_factor_is_never_corrected_in_another_ones_place(first: bool) -> None:
+    """Cut, its width is not four times that of a head, by which the scale must go on; where numbers shift, it stays."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), Attends(first), nn.Linear(32, 4))
+    x = torch.randn(1, 10, 8)
+    gated = nas_gate.attach(model, x)
+    keep = nas_gate.land(gated, 0.6)
+    small = nas_gate.remove_with_proof(gated, keep).model
+    with torch.no_grad():
+        gated.gates.weight.copy_(torch.where(keep, 1.0, -1.0))
+    for training in (False, True):
+        torch.testing.assert_close(small.train(training)(x), gated.train(training)(x), rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ later. The analysis notes the calls of the dense run, and removal corrects those
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -236,11 +237,12 @@ class Corrections:
     """What one module's forward pass computes otherwise than the smaller model needs it.
 
     `sizes` maps a call to {position: (right, computed)}: a size is multiplied by right / computed, for it may be a
-    multiple of the batch. `factors` maps a call to the factor of the dense model.
+    multiple of the batch. `factors` maps a call to (right, computed): the factor of the dense model, and the one that
+    it stands for; NaN where that is not known.
     """
 
     sizes: Mapping[str, Mapping[int, tuple[int, int]]]
-    factors: Mapping[str, float]
+    factors: Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -298,18 +300,25 @@ class CorrectedForward:
         result = list(sizes)
         wrong = self.sizes.get(call, {})
         if wrong and max(wrong) >= len(sizes):
-            raise RuntimeError(
-                f"{type(self.module).__name__} must make the calls of the example run that it was analysed with, but "
-                f"{call} has the sizes {sizes} here: analyse with inputs, and remove for a use, that take the same path"
-            )
+            raise self._elsewhere(f"{call} has the sizes {sizes}")
         for position, (right_size, computed) in wrong.items():
             result[position] = sizes[position] * right_size // computed if computed else right_size
         return result
 
     def _factor(self, path: str, call: str, factor: float) -> float:
         if self._needs is not None and self._needs.factors.get(call, factor) != factor:
-            self.factors[call] = self._needs.factors[call]
-        return self.factors.get(call, factor)
+            self.factors[call] = self._needs.factors[call], factor
+        right, computed = self.factors.get(call, (factor, factor))
+        if factor != computed and not math.isnan(computed):
+            raise self._elsewhere(f"{call} has the factor {factor:g}, not {computed:g},")
+        return right
+
+    def _elsewhere(self, what: str) -> RuntimeError:
+        """Calls are told apart by their numbers: on another path another one would be corrected, without a word."""
+        return RuntimeError(
+            f"the forward of {type(self.module).__name__} must take the path of the inputs and the mode that it was "
+            f"analysed with, but {what} here"
+        )
 
 
 def correct(module: nn.Module, corrections: Corrections) -> None:
