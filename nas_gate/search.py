@@ -34,7 +34,15 @@ from nas_gate.baselines import spread_gates
 from nas_gate.budgets import GateController
 from nas_gate.cost import MEASURED
 from nas_gate.described import Plain
-from nas_gate.folders import digest, file_name, held, read_json, refuse_other_settings, write_json
+from nas_gate.folders import (
+    digest,
+    file_name,
+    held,
+    read_json,
+    refuse_other_settings,
+    refuse_other_sources,
+    write_json,
+)
 from nas_gate.import_paths import is_import_path, source_digest
 from nas_gate.measuring import fastest, on_processor
 from nas_gate.modules import choices_of
@@ -136,7 +144,8 @@ def search(
     of all (see `outcome.combined`); every candidate's `seconds_gated` are counted from the first leg on.
 
     A folder that holds an interrupted run of the same settings is continued; where data lie may differ, and settings
-    that are, or lie in, one of `may_differ`, as "hardware".
+    that are, or lie in, one of `may_differ`, as "hardware". What files hold that settings name (the code of a model or
+    task of one's own, weights, data) must be the same; of a finished run data are not looked at again.
 
     Raises Refused before any training, Diverged when a loss becomes NaN or infinite.
     """
@@ -144,6 +153,8 @@ def search(
     refuse_other_settings(described, run_dir, may_differ)
     result_file = run_dir / "result.json"
     if result_file.exists():
+        with refusing():
+            refuse_other_sources(contents(settings), run_dir)
         result = read_json(result_file)
         if console is not None:
             console.print(f"{run_dir} is finished already.", soft_wrap=True)
@@ -153,11 +164,14 @@ def search(
 
     prepared = prepare(settings, cache_dir, console)
     fabric, gated = prepared.fabric, prepared.gated
+    sources = {**contents(settings), "data": prepared.data.fingerprint}
+    refuse_other_sources(sources, run_dir)
     if not fabric.is_global_zero:
         console = None
     with held(run_dir, fabric):
         if fabric.is_global_zero:
             write_json(run_dir / "settings.json", described)
+            write_json(run_dir / "sources.json", sources)
         if console is not None:
             announce(settings, prepared, console)
         history = train_dense(settings, prepared, cache_dir, console)
@@ -235,6 +249,15 @@ def time_networks(trial: Trial, removed: Removed) -> tuple[float, float]:
     return dense, candidate
 
 
+def contents(settings: Settings) -> dict[str, Any]:
+    """Digests of the files that settings only name: the `code` of a model or task of one's own, and `weights`."""
+    own = [named.name for named in (settings.model, settings.task) if is_import_path(named.name)]
+    found: dict[str, Any] = {"code": {name: source_digest(name) for name in own}} if own else {}
+    if settings.weights is not None:
+        found["weights"] = hashlib.sha256(Path(settings.weights).read_bytes()).hexdigest()
+    return found
+
+
 def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console: Console | None = None) -> list[Epoch]:
     """Train `prepared.dense`, or take its weights from the cache; the file there is the fit's checkpoint.
 
@@ -256,12 +279,11 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
     mode = None if choices_of(prepared.dense) else settings.hardware.compile
     if mode is not None:
         key["compile"] = mode
-    own = [named.name for named in (settings.model, settings.task) if is_import_path(named.name)]
-    if own:  # the network's modules, too: the file may take them from others
+    sources = contents(settings)
+    if "code" in sources:  # the network's modules, too: the file may take them from others
         shapes = {name: tuple(tensor.shape) for name, tensor in prepared.dense.state_dict().items()}
-        key["code"] = {**{name: source_digest(name) for name in own}, "network": f"{prepared.dense} {shapes}"}
-    if settings.weights is not None:
-        key["weights"] = hashlib.sha256(Path(settings.weights).read_bytes()).hexdigest()
+        sources["code"]["network"] = f"{prepared.dense} {shapes}"
+    key |= sources
     folder = cache_dir / f"{file_name(settings.model.name)}-{file_name(settings.data.name)}-{digest(key, 16)}"
     with held(folder, prepared.fabric, wait=True, console=console):
         if prepared.fabric.is_global_zero:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from conftest import needs_compiler
@@ -271,7 +272,7 @@ for life in range(40):
 """
 
 
-@pytest.mark.parametrize(("name", "deaths"), [("TINY", 9), ("SEVERAL", 15)])
+@pytest.mark.parametrize(("name", "deaths"), [("TINY", 10), ("SEVERAL", 16)])
 def test_killed_in_every_epoch_and_before_every_file_it_continues_to_the_same_weights(
     name: str, deaths: int, tmp_path: Path
 ):
@@ -660,6 +661,45 @@ def test_the_cache_knows_the_code_of_a_network_of_ones_own(tmp_path: Path, monke
     code.write_text(code.read_text().replace("ReLU", "Tanh"))
     search.train_dense(settings, prepared, tmp_path)
     assert names[0] == names[1] != names[2]
+
+
+NET = """
+from torch import nn
+
+def net(num_classes, in_channels):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, num_classes))
+"""
+
+
+def test_a_run_is_of_the_contents_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not of what the same names lead to by now: else it would mix two data sets, or report another network."""
+    (tmp_path / "own.py").write_text(NET)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rng = np.random.default_rng(0)
+    file, images = tmp_path / "images.npz", rng.integers(0, 255, (400, 8, 8), np.uint8)
+    labels = np.arange(400) % 4
+
+    def write(images: Any) -> None:
+        np.savez(file, x_train=images, y_train=labels, x_test=images, y_test=labels)
+
+    write(images)
+    settings = replace(TINY, model=Named("own:net"), data=Named("npz", {"path": str(file), "batch_size": 128}))
+
+    def stop(moment: search.Moment) -> None:
+        if moment.stage == "gated":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, settings, on_epoch=stop)
+    write(255 - images)
+    with pytest.raises(Refused, match=r"run holds a run of other contents \(data: \w+ there, \w+ asked for\)"):
+        run(tmp_path, settings)
+    write(images)
+    result = run(tmp_path, settings)
+    assert run(tmp_path, settings) == result
+    (tmp_path / "own.py").write_text(NET.replace("ReLU", "Tanh"))
+    with pytest.raises(Refused, match=r"other contents \(code\.own:net: \w+ there"):
+        run(tmp_path, settings)
 
 
 def test_processes_would_wait_for_the_candidates_of_a_choice():

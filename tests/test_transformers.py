@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,12 +295,20 @@ def test_corrections_by_hand():
             return x.reshape(2 * len(x), -1) * 0.5
 
     module = Folded()
-    correct(module, Corrections({"reshape:0": {0: (3, 2)}}, {"mul:0": 0.25}))
+    correct(module, Corrections({"reshape:0": {0: (3, 2)}}, {"mul:0": (0.25, 0.5)}))
     assert torch.equal(module(torch.ones(4, 6)), torch.full((12, 2), 0.25))
     assert torch.equal(module(torch.ones(2, 6)), torch.full((6, 2), 0.25))
     assert type(module) is Folded
     correct(module, Corrections({"reshape:0": {0: (1, 3)}}, {}))  # cut again: the earlier corrections come first
     assert torch.equal(module(torch.ones(4, 6)), torch.full((4, 6), 0.25))
+    of_before = Folded()  # candidates of earlier versions do not say what a factor stands for
+    correct(of_before, Corrections({}, {"mul:0": (0.25, math.nan)}))
+    assert torch.equal(of_before(torch.ones(1, 6)), torch.full((2, 3), 0.25))
+    for elsewhere in (Corrections({}, {"mul:0": (0.25, 0.3)}), Corrections({"reshape:0": {2: (3, 2)}}, {})):
+        module = Folded()
+        correct(module, elsewhere)
+        with pytest.raises(RuntimeError, match=r"Folded must take the path .*, but (mul|reshape):0 has the"):
+            module(torch.ones(4, 6))
 
 
 def test_corrections_are_found_in_a_run():
@@ -315,7 +324,7 @@ def test_corrections_are_found_in_a_run():
     result, found = first_run(module, needs, lambda: module(x))
     assert torch.equal(result, x.reshape(2, 2, 2) * 0.25)
     assert torch.equal(module(x), result)
-    assert found == {"": Corrections({"reshape:0": {1: (2, 3)}}, {"mul:0": 0.25})}
+    assert found == {"": Corrections({"reshape:0": {1: (2, 3)}}, {"mul:0": (0.25, 0.5)})}
 
     module = Literal()
     result, found = first_run(module, {"": Needs({"reshape:0": [5, 5, 5]}, {})}, lambda: module(torch.ones(1, 6)))
