@@ -73,7 +73,9 @@ def refuse_other_settings(described: Plain, run_dir: Path, may_differ: Sequence[
 def refuse_other_sources(sources: Plain, run_dir: Path) -> None:
     """Refused if the folder's run was made from other contents than `sources` says, as far as that names them."""
     file = run_dir / "sources.json"
-    there = read_json(file) if file.exists() else dict(sources)
+    if not file.exists():
+        return
+    there = read_json(file)
     if differing := differences({name: there.get(name) for name in sources}, sources):
         raise Refused(
             f"{run_dir} holds a run of other contents ({differing}). "

@@ -246,8 +246,8 @@ def summary(
     accuracy at the dense model's cost", leaves out nothing that saves anything and bounds the hypervolume of an
     accuracy by 1; of a quality that is better for being lower there is no such corner, and no hypervolume (NaN)
     without one given. It is returned as `reference_<quality>` and `reference_<cost>_share`. Hypervolumes compare only
-    under one reference and one dense model. Settings that were repeated count in it by the means over
-    their seeds. `by=("study", "method")` gives each method of a study its own row.
+    under one reference and one dense model. Settings that were repeated count in it by the means over their
+    seeds. `by=("study", "method")` gives each method of a study its own row.
     """
     check_table(table, quality)
     objectives = quality.against(cost)

@@ -473,6 +473,7 @@ def try_cut(
 
 
 def _try_training(model: nn.Module, small: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """RemovalError where the smaller model fails in training mode, and the model itself does not."""
     try:
         with mode_of(small, training=True), _blaming(small):
             _seeded(small, args, kwargs)
@@ -480,7 +481,7 @@ def _try_training(model: nn.Module, small: nn.Module, args: Sequence[Any], kwarg
         try:
             with mode_of(model, training=True):
                 _seeded(model, args, kwargs)
-        except Exception:  # whatever the model refuses
+        except Exception:  # nor does the model run so: it may want targets, and raise whatever it likes
             return
         raise
 

@@ -240,25 +240,30 @@ def test_seeds_draw_other_batches_and_masks():
     assert not same(first, second)
 
 
-def test_clipping_is_of_the_first_optimiser():
-    """The weights': gates have a rate of their own, and no other parameter's gradient must shrink theirs."""
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Flatten(), nn.Linear(32, 4, bias=False), nn.Linear(4, 2, bias=False))
-    x, y = torch.randn(8, 2, 4, 4), torch.zeros(8, dtype=torch.int64)
-    before = [layer.weight.detach().clone() for layer in module[1:]]
-    wanted = torch.autograd.grad(100 * module(x).square().sum(), [layer.weight for layer in module[1:]])
-    data = TensorLoader(x, y, batch_size=8, mean=[0, 0], std=[1, 1])
+def clipped_step(module: nn.Module, x: Tensor, optimisers: list) -> None:
+    """One step down 100 times the sum of the squared outputs, the gradient clipped to 0.1."""
+    data = TensorLoader(x, torch.zeros(len(x), dtype=torch.int64), batch_size=len(x), mean=[0, 0], std=[1, 1])
     fit(
         module,
         data,
         data,
         fabric=connect(CPU),
-        optimisers=[torch.optim.SGD(layer.parameters(), lr=1.0) for layer in module[1:]],
+        optimisers=optimisers,
         schedule=lambda epoch: 1.0,
         objective=lambda logits, x, y: 100 * logits.square().sum(),
         epochs=range(1),
         clip_norm=0.1,
     )
+
+
+def test_clipping_is_of_the_first_optimiser():
+    """The weights': gates have a rate of their own, and no other parameter's gradient must shrink theirs."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(32, 4, bias=False), nn.Linear(4, 2, bias=False))
+    x = torch.randn(8, 2, 4, 4)
+    before = [layer.weight.detach().clone() for layer in module[1:]]
+    wanted = torch.autograd.grad(100 * module(x).square().sum(), [layer.weight for layer in module[1:]])
+    clipped_step(module, x, [torch.optim.SGD(layer.parameters(), lr=1.0) for layer in module[1:]])
     moved = [layer.weight.detach() - old for layer, old in zip(module[1:], before)]
     assert float(moved[0].norm()) == pytest.approx(0.1, rel=1e-3)
     torch.testing.assert_close(moved[1], -wanted[1])
@@ -267,21 +272,8 @@ def test_clipping_is_of_the_first_optimiser():
 def test_gradient_clipping_bounds_the_step():
     module = network(norm=False)
     before = [p.detach().clone() for p in module.parameters()]
-    sgd = torch.optim.SGD(module.parameters(), lr=1.0)
-    rng = torch.Generator().manual_seed(0)
-    x, y = torch.randn(8, 2, 4, 4, generator=rng), torch.zeros(8, dtype=torch.int64)
-    data = TensorLoader(x, y, batch_size=8, mean=[0, 0], std=[1, 1])
-    fit(
-        module,
-        data,
-        data,
-        fabric=connect(CPU),
-        optimisers=[sgd],
-        schedule=lambda epoch: 1.0,
-        objective=lambda logits, x, y: 100 * logits.square().sum(),
-        epochs=range(1),
-        clip_norm=0.1,
-    )
+    x = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    clipped_step(module, x, [torch.optim.SGD(module.parameters(), lr=1.0)])
     moved = torch.stack([(p.detach() - q).norm() for p, q in zip(module.parameters(), before)]).norm()
     assert float(moved) == pytest.approx(0.1, rel=1e-3)
 
