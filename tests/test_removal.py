@@ -890,11 +890,12 @@ class Attends(nn.Module):
 
 @pytest.mark.parametrize("first", [False, True])
 def test_a_factor_is_never_corrected_in_another_ones_place(first: bool) -> None:
-    """Cut, its width is not four times that of a head, by which the scale must go on; where numbers shift, it stays."""
+    """Cut, its width is not four times that of a head, by which the scale must go on, whatever comes before it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), Attends(first), nn.Linear(32, 4))
     x = torch.randn(1, 10, 8)
     gated = nas_gate.attach(model, x)
+    assert [group.size for group in gated.structure.groups] == [32, 4, 32]
     keep = nas_gate.land(gated, 0.6)
     small = nas_gate.remove_with_proof(gated, keep).model
     with torch.no_grad():

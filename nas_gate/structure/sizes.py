@@ -1,9 +1,10 @@
 """Sizes and factors that a module's own code hands to torch: `x.reshape(B, N, C)`, `x[:, :C]`, `q * head_dim ** -0.5`.
 
 Code that computes them from the shape of its input, or that has them as literals, would compute others in a smaller
-model. Every call is known by its module, its function and its number among that function's calls of one forward pass
-("view:0"): code that computes something only the first time, and keeps it, may make fewer calls of other functions
-later. The analysis notes the calls of the dense run, and removal corrects those of the smaller model.
+model. Every call is known by its module and by what the code says there (`places.py`), so that other inputs, or
+training mode, may take other branches. What has no source, and what torch compiles, knows a call by its function and
+its number among that function's calls of one forward pass alone. "view:0@x.view(B,N,C)#0" has both. The analysis notes
+the calls of the dense run, and removal corrects those of the smaller model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from nas_gate.modules import copied
+from nas_gate.structure.places import place_of_call
 
 CONSTANTS = {"zeros": 0, "ones": 0, "full": 0, "new_zeros": 1, "new_ones": 1, "new_full": 1}
 """Functions whose result has one value throughout."""
@@ -137,9 +140,10 @@ OnResult = Callable[[str, str, "list[int]", "list[tuple[Tensor, int]]"], None]
 
 
 class Calls(TorchFunctionMode):
-    """Numbers the calls with sizes or factors, for each running module and function from 0, and lets them be changed.
+    """Names the calls with sizes or factors, and lets them be changed.
 
-    A module's numbers count the calls of its children, too, so that it can count without knowing them.
+    Numbers count from 0, for each running module and function, and for each place. A module's count the calls of its
+    children, too, so that it can count without knowing them.
     """
 
     def __init__(self, on_sizes: OnSizes, on_factor: OnFactor, on_result: OnResult | None = None) -> None:
@@ -161,9 +165,12 @@ class Calls(TorchFunctionMode):
         if sizes is None and factor is None:
             return func(*args, **kwargs)
         path, counts = self._running[-1]
-        call = f"{name}:{counts[name]}"
+        call, place = f"{name}:{counts[name]}", "" if torch.compiler.is_dynamo_compiling() else place_of_call(STARTS)
+        if place:
+            call += f"@{place}#{counts[place]}"
         for _, numbers in self._running:
             numbers[name] += 1
+            numbers[place] += 1
         if sizes is not None:
             used = self._on_sizes(path, call, sizes)
             out = func(*(args if used == sizes else with_sizes(name, args, used)), **kwargs)
@@ -262,6 +269,8 @@ class CorrectedForward:
     def __init__(self, module: nn.Module, corrections: Corrections, needs: Needs | None = None) -> None:
         self.module, self._needs = module, needs
         self.sizes, self.factors = dict(corrections.sizes), dict(corrections.factors)
+        calls = [*self.sizes, *self.factors, *(() if needs is None else (*needs.sizes, *needs.factors))]
+        self._known = {part: call for call in calls for part in call.split("@", 1)}  # by number, and by place
         self.earlier: Callable[..., Any] | None = module.__dict__.get("forward")  # of a model that was cut before
 
     def corrections(self) -> Corrections | None:
@@ -278,10 +287,17 @@ class CorrectedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own forward returns."""
-        with Calls(self._sizes, self._factor):
+        met: set[str] = set()
+        missed: dict[str, str] = {}
+        with Calls(partial(self._sizes, met, missed), partial(self._factor, met, missed)):
             if self.earlier is not None:
-                return self.earlier(*args, **kwargs)
-            return type(self.module).forward(self.module, *args, **kwargs)
+                out = self.earlier(*args, **kwargs)
+            else:
+                out = type(self.module).forward(self.module, *args, **kwargs)
+        for call, other in missed.items():
+            if call not in met and self._needs is None:
+                raise self._elsewhere(f"{other} stands in the place of {call}")
+        return out
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -293,32 +309,51 @@ class CorrectedForward:
         """That of the module's own forward, by which torch.export says where an input belongs."""
         return type(self.module).forward.__code__
 
-    def _sizes(self, path: str, call: str, sizes: list[int]) -> list[int]:
-        if self._needs is not None and call not in self.sizes:
-            right = self._needs.sizes.get(call, sizes)
-            self.sizes[call] = {i: (n, int(size)) for i, (n, size) in enumerate(zip(right, sizes)) if n != size}
+    def _met(self, met: set[str], missed: dict[str, str], call: str) -> str:
+        """What a call is known as, noted in `met`; "" for others, in `missed` where one known has their number."""
+        number, _, place = call.partition("@")
+        known = self._known.get(place or number, "")
+        if not known and (numbered := self._known.get(number, "")):
+            if "@" in numbered:
+                missed[numbered] = call
+            else:  # of an earlier version
+                known = numbered
+        if known:
+            met.add(known)
+        return known
+
+    def _sizes(self, met: set[str], missed: dict[str, str], path: str, call: str, sizes: list[int]) -> list[int]:
+        known = self._met(met, missed, call)
+        if self._needs is not None and known in self._needs.sizes and known not in self.sizes:
+            right = self._needs.sizes[known]
+            self.sizes[known] = {i: (n, int(size)) for i, (n, size) in enumerate(zip(right, sizes)) if n != size}
         result = list(sizes)
-        wrong = self.sizes.get(call, {})
+        wrong = self.sizes.get(known, {})
         if wrong and max(wrong) >= len(sizes):
             raise self._elsewhere(f"{call} has the sizes {sizes}")
         for position, (right_size, computed) in wrong.items():
             result[position] = sizes[position] * right_size // computed if computed else right_size
         return result
 
-    def _factor(self, path: str, call: str, factor: float) -> float:
-        if self._needs is not None and self._needs.factors.get(call, factor) != factor:
-            self.factors[call] = self._needs.factors[call], factor
-        right, computed = self.factors.get(call, (factor, factor))
+    def _factor(self, met: set[str], missed: dict[str, str], path: str, call: str, factor: float) -> float:
+        known = self._met(met, missed, call)
+        if self._needs is not None and self._needs.factors.get(known, factor) != factor:
+            self.factors[known] = self._needs.factors[known], factor
+        right, computed = self.factors.get(known, (factor, factor))
         if factor != computed and not math.isnan(computed):
             raise self._elsewhere(f"{call} has the factor {factor:g}, not {computed:g},")
         return right
 
     def _elsewhere(self, what: str) -> RuntimeError:
-        """Calls are told apart by their numbers: on another path another one would be corrected, without a word."""
+        """A call that is told by its number alone may be another one on another path, or the code may be other code."""
         return RuntimeError(
             f"the forward of {type(self.module).__name__} must take the path of the inputs and the mode that it was "
             f"analysed with, but {what} here"
         )
+
+
+STARTS = (nn.Module._call_impl.__code__, CorrectedForward.__call__.__code__)
+"""Code that runs a module's own forward."""
 
 
 def correct(module: nn.Module, corrections: Corrections) -> None:
