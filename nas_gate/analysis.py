@@ -135,7 +135,7 @@ class _Attempt:
         try:
             cut = cut_of(self.structure, keep)
             trial = try_cut(self.model, self.structure, cut, keep, self.args, self.kwargs)
-            check(self.structure, keep, trial)
+            check(trial)
         except RemovalError as error:
             return error
         return None

@@ -783,7 +783,7 @@ def test_rounding_is_told_from_a_wrong_cut() -> None:
     trial = removal.try_cut(weak, structure, wrong, keep, (images(),), {})
     assert removal.DOUBT < trial.error < removal.TOLERANCE
     with pytest.raises(RemovalError, match=r"in float64 \(allowed: 1e-05\)"):
-        removal.check(structure, keep, trial)
+        removal.check(trial)
 
 
 def test_a_model_that_makes_float32_numbers_is_judged_in_float32() -> None:
@@ -902,3 +902,38 @@ def test_a_factor_is_never_corrected_in_another_ones_place(first: bool) -> None:
         gated.gates.weight.copy_(torch.where(keep, 1.0, -1.0))
     for training in (False, True):
         torch.testing.assert_close(small.train(training)(x), gated.train(training)(x), rtol=1e-4, atol=1e-5)
+
+
+class Routed(nn.Module):
+    """An expert that sees the rows which a router gives it: how many, its weights and the data decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.router, self.expert = nn.Linear(8, 16), nn.Linear(16, 1), nn.Linear(16, 32)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).relu()
+        rows = self.router(h)[:, 0] > 0
+        y = torch.zeros(len(x), 4)
+        y[rows] = self.head(self.expert(h[rows]).relu())
+        return y
+
+
+def test_a_cost_that_depends_on_data_is_counted_anew_and_said() -> None:
+    """A router that gives the expert all rows after training makes the small model dearer, not wrong."""
+    torch.manual_seed(0)
+    x = torch.rand(16, 8)
+    gated = nas_gate.attach(Routed(), x)
+    assert [(group.name, group.size) for group in gated.structure.groups] == [("stem", 16), ("expert", 32)]
+    with torch.no_grad():
+        gated.model.router.weight.fill_(1)
+        gated.model.router.bias.fill_(1)
+    keep = torch.ones(48, dtype=torch.bool)
+    keep[:4] = False
+    keep[16:24] = False
+    expected = 16 * (8 * 12 + 12 * 1 + 12 * 24 + 24 * 4)
+    with pytest.warns(UserWarning, match=rf"Routed depend on its data: \d+ were predicted .*, {expected} are those"):
+        removed = nas_gate.remove_with_proof(gated, keep)
+    assert removed.macs == expected
+    assert removed.params == sum(p.numel() for p in removed.model.parameters())
