@@ -93,6 +93,7 @@ def save(
             "figures": dict(figures),
             "provenance": dict(provenance),
             "aliases": aliases,
+            "modules": _kinds(network),
             "weights_sha256": _digest((temporary / WEIGHTS).read_bytes()),
         }
         try:
@@ -175,8 +176,8 @@ def read(folder: str | os.PathLike[str]) -> Candidate:
     return _read(Path(folder))[0]
 
 
-def _read(folder: Path) -> tuple[Candidate, dict[str, torch.Tensor]]:
-    """The record and the saved state."""
+def _read(folder: Path) -> tuple[Candidate, dict[str, torch.Tensor], dict[str, str]]:
+    """The record, the saved state, and the kinds of modules that it belongs to (none of earlier versions)."""
     path = folder / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -204,6 +205,7 @@ def _read(folder: Path) -> tuple[Candidate, dict[str, torch.Tensor]]:
         raise CandidateError(f"{weights} is damaged: {error}") from error
     try:
         state.update({alias: state[first] for alias, first in record["aliases"].items()})
+        kinds = {str(path): str(kind) for path, kind in record.get("modules", {}).items()}
         slots = {
             str(name): {int(dim): tuple(map(int, index)) for dim, index in dims.items()}
             for name, dims in record["cut"]["slots"].items()
@@ -219,7 +221,7 @@ def _read(folder: Path) -> tuple[Candidate, dict[str, torch.Tensor]]:
         model, figures, provenance = (dict(record[key]) for key in ("model", "figures", "provenance"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CandidateError(f"{path} is damaged: its fields are not those of a candidate ({error!r})") from error
-    return Candidate(model, cut, figures, provenance), state
+    return Candidate(model, cut, figures, provenance), state, kinds
 
 
 def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -230,18 +232,35 @@ def load(folder: str | os.PathLike[str], factory: Callable[[], nn.Module] | None
     CandidateError for a folder that is missing, damaged, altered, or does not fit the model.
     """
     folder = Path(folder)
-    candidate, state = _read(folder)
+    candidate, state, kinds = _read(folder)
     try:
         dense = _registered(folder, candidate.model) if factory is None else factory()
     except TypeError as error:
         raise CandidateError(f"the factory of {folder} must make the dense model without arguments: {error}") from error
     try:
         network = cut_model(dense, candidate.cut)
+        _match_kinds(network, kinds)
         _match_types(network, state)
         network.load_state_dict(state)
     except (ValueError, RuntimeError) as error:
         raise CandidateError(f"{folder} does not fit the model {type(dense).__name__}: {error}") from error
     return network.eval()
+
+
+def _kinds(network: nn.Module) -> dict[str, str]:
+    """By path, the class of PyTorch's modules without children: activations have no tensors by which to tell them."""
+    return {
+        path: type(module).__name__
+        for path, module in network.named_modules()
+        if not module._modules and type(module).__module__.startswith("torch.nn.modules.")
+    }
+
+
+def _match_kinds(network: nn.Module, saved: Mapping[str, str]) -> None:
+    """Raise ValueError where the network has another module of PyTorch's than the saved one had."""
+    for path, kind in _kinds(network).items():
+        if (before := saved.get(path, kind)) != kind:
+            raise ValueError(f"{path!r} is {kind}, but the candidate has {before} there")
 
 
 def _match_types(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

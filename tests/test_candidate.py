@@ -353,6 +353,7 @@ def test_arguments_that_the_registered_model_refuses(tmp_path, removed):
         (lambda: nn.Sequential(nn.Linear(3, 5)), "has no such parameter or buffer"),
         (lambda: nn.Sequential(*chain(), nn.Linear(5, 5)), "Missing key"),
         (lambda: chain()[:4], "has no such parameter or buffer"),
+        (lambda: nn.Sequential(*chain()[:2], nn.SiLU(), *chain()[3:]), "'2' is SiLU, but the candidate has ReLU there"),
         (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), *chain()[1:]), "size mismatch"),
     ],
 )
