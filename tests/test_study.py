@@ -107,20 +107,29 @@ def forked(main: Callable[[], None]) -> multiprocessing.Process:
     return process  # type: ignore[return-value]
 
 
+def epochs_of(a_plan: Plan) -> int:
+    """How many epochs all trials together have done."""
+    return sum(len(path.read_text().split()) for path in a_plan.folder.glob("*/epochs"))
+
+
 def killed_ten_times(a_plan: Plan, processes: int) -> None:
-    """Kill all processes at ten random moments before the work can be done, then let them finish it."""
+    """Kill all processes at ten random moments, every other time in the middle of trials, then let them finish."""
     epochs = 12 * processes
     job = counting(epochs)
-    longest = a_plan.n_trials * epochs * EPOCH / processes / 10
     moments = random.Random(0)
-    for _ in range(10):
+    for kill in range(10):
+        before = epochs_of(a_plan)
         running = [started(a_plan, job) for _ in range(processes)]
-        time.sleep(moments.uniform(0.02, longest))
+        while kill % 2 and epochs_of(a_plan) == before:
+            assert all(process.is_alive() for process in running)
+            time.sleep(EPOCH / 5)
+        time.sleep(moments.uniform(0.02, 4 * EPOCH))
         for process in running:
             process.kill()
         for process in running:
             process.join()
             assert process.exitcode == -signal.SIGKILL
+    assert epochs_of(a_plan) < a_plan.n_trials * epochs
     running = [started(a_plan, job) for _ in range(processes)]
     for process in running:
         process.join(120)
