@@ -35,7 +35,7 @@ from nas_gate.study import claims
 from nas_gate.study.claims import ERROR, FAILURES
 from nas_gate.study.early_stopping import EarlyStopping
 from nas_gate.study.plan import Plan, _refuse_difference, join
-from nas_gate.study.run import Job, Running, run, visible_gpus
+from nas_gate.study.run import Job, Running, _attempt, run, visible_gpus
 from nas_gate.study.samplers import SAMPLERS
 from nas_gate.study.space import Space, parse
 
@@ -372,6 +372,15 @@ def test_a_trial_of_another_machine_is_taken_over_after_four_silent_beats(
         assert not theirs.mine()
         with theirs.beating():
             assert theirs.lost.wait(30)
+        went_on: list[Running] = []
+
+        def job(running: Running) -> Mapping[str, Any]:
+            running.on_epoch(Moment("gated", 0, 0.5, 1.0))
+            went_on.append(running)
+            return {}
+
+        _attempt(theirs, there, job)  # its training ends at the next epoch
+        assert went_on == []
         theirs.tell(TrialState.COMPLETE, [0.0, 0.0])  # too late: it counts for nothing
         taken.tell(TrialState.COMPLETE, [1.0, 1.0])
     assert [trial.values for trial in trials_of(a_plan)] == [[1.0, 1.0]]

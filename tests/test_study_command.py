@@ -138,10 +138,13 @@ def test_a_study_of_searches_interrupted_killed_and_run_again(tmp_path: Path):
     process = started(tmp_path)
     time.sleep(1)
     end = time.monotonic() + 120
-    while not isinstance(trials_of(study, "mine")[0].user_attrs["study:owner"], dict):
+    while not isinstance(owner := trials_of(study, "mine")[0].user_attrs["study:owner"], dict):
         assert time.monotonic() < end
     process.kill()
     process.communicate()
+    while not gone(int(owner["process"])):  # a worker ends with its supervisor, which can tell it nothing any more
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
     process = started(tmp_path)
     shown, said = process.communicate(timeout=300)
