@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from nas_gate import landing
 from nas_gate.gates import Gate
 from nas_gate.gating import GatedModel, plain, refuse_optimizers_of
-from nas_gate.modules import copied, fresh
+from nas_gate.modules import copied, fresh, recurrent
 from nas_gate.removal import (
     SIZED,
     RemovalError,
@@ -42,7 +42,7 @@ from nas_gate.structure import (
     trace,
 )
 from nas_gate.structure.sizes import ways_to_run
-from nas_gate.structure.trace import Findings, Rule
+from nas_gate.structure.trace import Findings, Rule, gpus
 from nas_gate.structure.units import Ints
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -73,6 +73,7 @@ def analyze(
     of one gives MACs per example. With `depth`, residual branches are units, too. The model is left as it was.
     """
     args, kwargs = fresh(arguments(example_inputs, keywords))
+    model, args, kwargs = _readable(model, args, kwargs)
     findings = _findings(model, args, kwargs, rules)
     add_switches(findings, model, depth)
     refused: list[tuple[Ints, str]] = []
@@ -97,6 +98,16 @@ def analyze(
                 (group, f"{error} (and so in every {type(model.get_submodule(path)).__name__})") for group in alike
             ]
         refused += [(structure.labels[g.start : g.stop], reason) for g, reason in culprits]
+
+
+def _readable(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The model and its arguments; copies on the CPU where a GPU would run recurrent layers as single operations."""
+    if not (recurrent(model) and gpus(model)):
+        return model, args, kwargs
+    args, kwargs = tree_map(lambda value: value.cpu() if isinstance(value, Tensor) else value, (args, kwargs))
+    return copied(model).cpu(), args, kwargs
 
 
 def _findings(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rules: Mapping[Any, Rule]) -> Findings:
@@ -246,7 +257,12 @@ def remove_with_proof(gated: GatedModel, keep: Tensor) -> Removed:
         return value.to(device, next(iter(types)) if cast else value.dtype)
 
     args, kwargs = tree_map(placed, gated.example_inputs)
-    return remove_units(plain(gated.model), gated.structure, keep, args, kwargs)
+    model = plain(gated.model)
+    read, args, kwargs = _readable(model, args, kwargs)
+    removed = remove_units(read, gated.structure, keep, args, kwargs)
+    if read is not model:
+        removed.model.to(device)
+    return removed
 
 
 def remove(

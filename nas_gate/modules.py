@@ -40,6 +40,11 @@ def fresh(values: Any) -> Any:
     return tree_map(again, values)
 
 
+def recurrent(model: nn.Module) -> bool:
+    """Whether the model has recurrent layers, which libraries run as single operations that depend on the device."""
+    return any(isinstance(module, (nn.RNNBase, nn.RNNCellBase)) for module in model.modules())
+
+
 class Zero(nn.Module):
     """What is left of a module in a residual branch that was removed: zeros of its first tensor argument's size.
 

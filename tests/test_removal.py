@@ -904,6 +904,29 @@ def test_a_factor_is_never_corrected_in_another_ones_place(first: bool) -> None:
         torch.testing.assert_close(small.train(training)(x), gated.train(training)(x), rtol=1e-4, atol=1e-5)
 
 
+class Mixes(nn.Module):
+    """A product of matrices, written as torch.einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix, self.head = nn.Linear(4, 6), nn.Parameter(torch.rand(6, 5)), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.head(torch.einsum("bc,cd->bd", self.stem(x), self.mix))
+        return mixed
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_width_of_one_may_cost_less_than_predicted(channels: int) -> None:
+    """Over one channel torch.einsum multiplies element by element, which is not counted: 2 rows x 1 x 5 less."""
+    torch.manual_seed(0)
+    gated = nas_gate.attach(Mixes(), torch.rand(2, 4))
+    keep = torch.ones(11, dtype=torch.bool)
+    keep[channels:6] = False
+    mixed = 0 if channels == 1 else channels * 5
+    assert nas_gate.remove_with_proof(gated, keep).macs == 2 * (4 * channels + mixed + 5 * 3)
+
+
 class Routed(nn.Module):
     """An expert that sees the rows which a router gives it: how many, its weights and the data decide."""
 

@@ -181,6 +181,13 @@ def permuted(call: Call) -> Results:
     return [tuple(Track(call.op(t.labels, **arguments), t.weight) for t in tracks)]
 
 
+def packed(call: Call) -> Results:
+    """A batch of padded sequences becomes one list of places; features stay where they are."""
+    value = call.value(call["input"])
+    tracks = _carried(call, value, (0, 1), "packs")
+    return [tuple(Track(t.labels.flatten(0, 1), t.weight) for t in tracks), ()]
+
+
 def expanded(call: Call) -> Results:
     """Broadcasting adds dimensions of size 1 to labels."""
     rank = call.outputs()[0].dim()
@@ -972,6 +979,7 @@ def _table() -> dict[Any, Rule]:
     add(concatenated, "cat")
     add(stacked, "stack")
     add(windowed, "im2col")
+    add(packed, "_pack_padded_sequence")
     add(padded, "constant_pad_nd")
     add(shuffled, "channel_shuffle", "native_channel_shuffle")
     add(

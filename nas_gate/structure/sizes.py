@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from nas_gate.modules import copied
+from nas_gate.modules import copied, recurrent
 from nas_gate.structure.places import place_of_call
 
 CONSTANTS = {"zeros": 0, "ones": 0, "full": 0, "new_zeros": 1, "new_ones": 1, "new_full": 1}
@@ -216,8 +216,7 @@ def ways_to_run(
     That fails where code looks at values, or makes tensors of its own. Recurrent layers are run with arithmetic only:
     they are other operations on a processor.
     """
-    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
-    large = sum(p.numel() for p in model.parameters()) >= LARGE and not recurrent
+    large = sum(p.numel() for p in model.parameters()) >= LARGE and not recurrent(model)
     return [*([sizes_alone(model, args, kwargs)] if large else []), (model, tuple(args), dict(kwargs))]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -487,9 +488,24 @@ _FLOAT32: tuple[Any, ...] = tuple(
 )
 
 
+class _StepByStep(TorchFunctionMode):
+    """Runs an LSTM as the operations that it consists of, not as the single one of oneDNN."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") != "lstm":
+            return func(*args, **(kwargs or {}))
+        backend: Any = torch.backends.mkldnn
+        before = backend.enabled
+        backend.enabled = False
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            backend.enabled = before
+
+
 @contextmanager
 def plain_operations() -> Iterator[None]:
-    """No gradients, no fused attention: what runs are the operations that the rules know and that are counted.
+    """No gradients, attention and recurrence in parts: what runs are operations that the rules know, and are counted.
 
     Full float32 precision everywhere: TF32 and bfloat16 would hide small errors and make up others.
     """
@@ -499,7 +515,12 @@ def plain_operations() -> Iterator[None]:
     for part in _FLOAT32:
         part.fp32_precision = "ieee"
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.compiler.set_stance("force_eager"),
+            _StepByStep(),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
