@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import roi_align, roi_pool
 
 import nas_gate
 from nas_gate.models.cifar import ZeroPadShortcut
@@ -1061,7 +1062,7 @@ def weight_norm():
     return Net(lambda s, x: s.h(s.b(s.a(x))), a=conv(3, 8), b=parametrizations.weight_norm(conv(8, 6)), h=head(6))
 
 
-@case({"b": 6}, fixed={"a.parametrizations.weight.original:0": "aten.mv in a.parametrizations.weight.0 has no rule"})
+@case({"b": 6}, fixed={"a.parametrizations.weight.original:0": "aten.vdot in a.parametrizations.weight.0 has no rule"})
 def spectral_norm():
     return Net(lambda s, x: s.h(s.b(s.a(x))), a=parametrizations.spectral_norm(conv(3, 8)), b=conv(8, 6), h=head(6))
 
@@ -1177,9 +1178,160 @@ def pooled_with_indices():
     return between(lambda y: F.max_pool2d(y, 2, return_indices=True)[0])
 
 
-@case({"b": 6}, fixed={"a.weight:0": "aten.max_unpool2d has no rule"})
-def unpooled():
-    return between(lambda y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2))
+# what acts on every unit alike, along other dimensions: on rows of 8 features, and on images of 8 channels
+
+PLACES = torch.tensor([0, 2, 1, 1, 0])
+
+
+def to_every(h: Tensor) -> Tensor:
+    return PLACES[:, None].expand_as(h)
+
+
+def set_rows(h: Tensor) -> Tensor:
+    result = torch.zeros_like(h)
+    result[PLACES] = h
+    return result
+
+
+def set_masked(h: Tensor) -> Tensor:
+    result = h * 0.5
+    result[PLACES > 0] = h[:3]
+    return result
+
+
+def normed_spectrum(h: Tensor) -> Tensor:
+    parts = torch.view_as_real(torch.fft.rfft(h, dim=0))
+    return torch.fft.irfft(torch.view_as_complex(parts.contiguous() * 0.5), n=5, dim=0)
+
+
+def sums_of_neighbours(h: Tensor) -> Tensor:
+    return torch.sparse.mm((torch.ones(5, 5, dtype=h.dtype) - torch.eye(5, dtype=h.dtype)).to_sparse(), h)
+
+
+def blurred(y: Tensor, repeat: Callable[[Tensor, int], Tensor]) -> Tensor:
+    row = torch.tensor([1.0, 2.0, 1.0], dtype=y.dtype)
+    return F.conv2d(y, repeat(torch.outer(row, row)[None, None] / 16, y.shape[1]), padding=1, groups=y.shape[1])
+
+
+def turned(y: Tensor) -> Tensor:
+    turn = torch.tensor([[0.8, -0.6, 0.0], [0.6, 0.8, 0.1]], dtype=y.dtype).expand(len(y), -1, -1)
+    return F.grid_sample(y, F.affine_grid(turn, list(y.shape), align_corners=False), align_corners=False)
+
+
+def boxes(y: Tensor) -> list[Tensor]:
+    return [torch.tensor([[0.0, 0.0, 4.0, 4.0], [1.0, 1.0, 6.0, 6.0]], dtype=y.dtype)] * 2
+
+
+def set_behind_a_gap(h: Tensor) -> Tensor:
+    result = h[None] * 0.5
+    result[:, PLACES[:2]] = h[None, :2]
+    return result[0]
+
+
+ON_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "index_add": lambda h: torch.zeros_like(h).index_add(0, PLACES, h),
+    "index_add_in_place": lambda h: h.new_zeros(5, h.shape[1]).index_add_(0, PLACES, h, alpha=2),
+    "index_copy": lambda h: h.index_copy(0, PLACES[:3], h[:3] * 2),
+    "index_fill": lambda h: h.index_fill(0, PLACES, 0.5),
+    "scatter": lambda h: torch.zeros_like(h).scatter(0, to_every(h), h),
+    "scatter_of_a_number": lambda h: h.scatter(0, to_every(h)[:2], 0.5),
+    "scatter_add": lambda h: torch.zeros_like(h).scatter_add(0, to_every(h), h),
+    "scatter_reduce": lambda h: torch.zeros_like(h).scatter_reduce(0, to_every(h), h, "amax"),
+    "slice_scatter": lambda h: h.slice_scatter(h[:2] * 2, 0, 1, 3),
+    "select_scatter": lambda h: h.select_scatter(h[0], 0, 1),
+    "index_put": lambda h: h.index_put((PLACES,), h[:1].expand_as(h), accumulate=True),
+    "index_put_of_one_number": lambda h: h.index_put((PLACES > 0,), torch.tensor(0.5, dtype=h.dtype)),
+    "rows_set": set_rows,
+    "rows_set_by_a_mask": set_masked,
+    "cummax": lambda h: h.cummax(0)[0],
+    "logcumsumexp": lambda h: h.logcumsumexp(0),
+    "kthvalue": lambda h: h - h.kthvalue(2, 0, keepdim=True)[0],
+    "spectrum": normed_spectrum,
+    "sparse_product": sums_of_neighbours,
+    "bucketize": lambda h: h * torch.bucketize(h, torch.tensor([-1.0, 0.0, 1.0], dtype=h.dtype)),
+}
+ON_IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "unpooled": lambda y: F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2),
+    "unfolded_and_folded": lambda y: F.fold(F.unfold(y, 2, stride=2).relu(), (8, 8), 2, stride=2),
+    "lower_triangles": lambda y: y.tril(),
+    "rot90": lambda y: y.rot90(1, (2, 3)),
+    "rrelu": F.rrelu,
+    "grid_sampled": turned,
+    "blurred_by_an_expanded_filter": lambda y: blurred(y, lambda f, n: f.expand(n, -1, -1, -1)),
+    "blurred_by_a_repeated_filter": lambda y: blurred(y, lambda f, n: f.repeat(n, 1, 1, 1)),
+    "slopes": lambda y: blurred(y, lambda f, n: torch.cat([f, f.flip(2) - f * 2]).repeat(n, 1, 1, 1))[:, ::2].tanh(),
+    "roi_align": lambda y: roi_align(y, boxes(y), 4),
+    "roi_pool": lambda y: roi_pool(y, boxes(y), 4),
+}
+MIXED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "index_add_along_units": (lambda h: torch.zeros_like(h).index_add(1, torch.arange(8).flip(0), h), "moves what"),
+    "scatter_along_units": (lambda h: h.scatter(1, to_every(h)[:, :1], 0.5), "moves what"),
+    "index_put_along_units": (lambda h: h.index_put((PLACES, PLACES), h[:, 0]), "moves what"),
+    "index_put_by_values": (lambda h: h.index_put((h > 0,), torch.tensor(0.5, dtype=h.dtype)), "as an index"),
+    "index_put_behind_a_gap": (set_behind_a_gap, "has no rule"),
+    "scatter_of_a_part": (lambda h: h.scatter(0, to_every(h)[:, :4], h[:, :4]), "aten.scatter has no rule"),
+    "scatter_of_two_widths": (lambda h: h.scatter(0, to_every(h), F.pad(h, (0, 2))), "pads the units"),
+    "cummax_along_units": (lambda h: h.cummax(1)[0], "mixes what"),
+    "spectrum_of_units": (lambda h: torch.fft.rfft(h, dim=1, norm="ortho").real[:, [0, 1, 2, 3, 4, 1, 2, 3]], "mixes"),
+    "lower_triangle_of_units": (lambda h: h.tril(), "mixes what"),
+}
+
+
+def of_rows(operation: Callable[[Tensor], Tensor]) -> Net:
+    """Linear `a` (4 to 8), the operation, linear `b` (8 to 5)."""
+    return Net(lambda s, x: s.b(operation(s.a(x))), a=nn.Linear(4, 8), b=nn.Linear(8, 5))
+
+
+for _name, _operation in ON_ROWS.items():
+    CASES[f"rows: {_name}"] = Case(partial(of_rows, _operation), rows(5, 4), {"a": 8})
+for _name, _operation in ON_IMAGES.items():
+    CASES[f"images: {_name}"] = Case(partial(between, _operation), image(), {"a": 8, "b": 6})
+for _name, (_operation, _why) in MIXED.items():
+    CASES[f"rows: {_name}"] = Case(partial(of_rows, _operation), rows(5, 4), {}, fixed={"a.weight:0": _why})
+
+
+@case({"w": 6}, inputs=torch.tensor([[0, 3], [2, 2]]), slots={"w": {"w.weight:1": 1, "b.weight:1": 1}})
+def bag_of_words():
+    return Net(lambda s, x: s.b(s.w(x).tanh()), w=nn.EmbeddingBag(4, 6, mode="mean"), b=nn.Linear(6, 5))
+
+
+@case({"a": 8, "w": 7}, inputs=rows(5, 4), slots={"a": {"a.weight:0": 1, "w:0": 1}, "w": {"v:0": 1, "w:1": 1}})
+def products_with_vectors():
+    return Net(lambda s, x: s.a(x) @ (s.w @ s.v), a=nn.Linear(4, 8), w=parameter(8, 7), v=parameter(7))
+
+
+@case({"a": 8}, inputs=rows(5, 4), slots={"a": {"a.weight:0": 1, "a.bias:0": 1, "v:0": 1}})
+def weighted_sum():
+    return Net(lambda s, x: (s.a(x).tanh() * s.v).sum(-1), a=nn.Linear(4, 8), v=parameter(8))
+
+
+@case({}, inputs=rows(5, 4), fixed={"a.weight:0": "aten.sum mixes what the units hold"})
+def sum_of_what_is_not_linear():
+    return Net(lambda s, x: (s.a(x) * s.v).tanh().sum(-1), a=nn.Linear(4, 8), v=parameter(8))
+
+
+@case({"l": 2}, inputs=(rows(5, 4), (rows(5, 5) > 0) | torch.eye(5, dtype=torch.bool)), slots={"l": {"a.weight:0": 3}})
+def graph_attention():
+    """Heads of a graph attention network (Velickovic et al., arXiv 1710.10903, equation 3)."""
+
+    def run(s, x, edges):
+        h = s.a(x).view(len(x), 2, -1)
+        scores = (h * s.l).sum(-1)[:, None] + (h * s.r).sum(-1)[None]
+        shares = F.leaky_relu(scores, 0.2).masked_fill(~edges[..., None], -1e9).softmax(1)
+        return s.b(torch.einsum("ijh,jhd->ihd", shares, h).flatten(1))
+
+    return Net(run, a=nn.Linear(4, 6), l=parameter(2, 3), r=parameter(2, 3), b=nn.Linear(6, 5))
+
+
+@case({"a": 8}, inputs=(rows(5, 4), torch.tensor([[0, 1, 2, 3, 1], [1, 2, 3, 4, 0]])), slots={"a": {"c.weight:0": 1}})
+def message_passing():
+    def run(s, x, edges):
+        h = s.a(x)
+        for layer in (s.b, s.c):
+            h = (h + h.new_zeros(h.shape).index_add(0, edges[1], layer(h)[edges[0]])).relu()
+        return s.o(h)
+
+    return Net(run, a=nn.Linear(4, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 8), o=nn.Linear(8, 3))
 
 
 @case({}, inputs=rows(4, 6), fixed={"a.weight:0": "aten._trilinear in f has no rule"})

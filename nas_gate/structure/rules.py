@@ -65,8 +65,9 @@ def join(call: Call, values: Sequence[Value], keep_weight: bool = False) -> Trac
                     call.cross(labels, theirs.labels)
                 else:
                     call.equate(theirs.labels, labels)
-                    # the first operand's own labels stay, for a gate must find the weight it multiplies
-                    labels, weight = lb.where(theirs.labels, labels), weight or theirs.weight
+                    # a weight's own labels stay, for a gate must find what it multiplies; of two the first operand's
+                    first, second = (mine, theirs) if weight and not theirs.weight else (theirs, mine)
+                    labels, weight = lb.where(first.labels, second.labels), weight or theirs.weight
                 members = members | operands
             merged = [*apart, (Track(labels, weight), members)]
     result = []
@@ -453,6 +454,17 @@ def reduced(call: Call) -> Results:
     return _reduced(call, call.value(call["self"]))
 
 
+def summed(call: Call) -> Results:
+    """A sum over units of what is linear in a weight of theirs is a product with it: a gate there takes them out."""
+    value = call.value(call["self"])
+    dims = _dims(call, len(value.shape))
+    over = [t for t in value.tracks if set(t.dims) & set(dims)]
+    if len(over) == 1 and over[0].weight and len(over[0].dims) == 1:
+        call.gate(over[0].labels.reshape(-1))
+        value = _without(value, *dims)
+    return _reduced(call, value)
+
+
 def mean(call: Call) -> Results:
     """A mean over units, if a norm that is written out takes it, runs over the kept slots; else it mixes.
 
@@ -697,6 +709,124 @@ def weight_norm(call: Call) -> Results:
     return [tracks, *[()] * (len(call.outputs()) - 1)]
 
 
+# --- places: what picks, adds up or transforms them, unit by unit --------------------------------------------
+
+
+def _indices(call: Call, *others: Tensor | None) -> None:
+    """Fix what is used as an index: all tensors of the call but `others`."""
+    for tensor in call.tensors():
+        if all(tensor is not other for other in others):
+            for track in call.value(tensor).tracks:
+                call.fix(track.labels, "uses it as an index")
+
+
+def _narrowed(call: Call, value: Value, dims: Sequence[int]) -> Value:
+    """A value at one place of `dims`, over which its labels are constant."""
+    tracks = _carried(call, value, dims, "moves")
+    kept = tuple(t for t in tracks if not set(t.dims) & set(dims))
+    return Value(tuple(1 if d in dims else size for d, size in enumerate(value.shape)), kept, value.why)
+
+
+def scattered(call: Call) -> Results:
+    """Write or add slices of one tensor at places along a dimension of another (index_add, scatter, index_copy ...)."""
+    into, source = call["self"], call.arguments.get("source", call.arguments.get("src"))
+    rank, dim = into.dim(), call["dim"] % into.dim()
+    if not isinstance(source, Tensor):  # index_fill, scatter of a number
+        source = None
+    _indices(call, into, source)
+    values = [call.value(into)]
+    if source is not None:
+        given = call.value(source)
+        if source.dim() < rank:  # select_scatter: a slice without that dimension
+            tracks = tuple(Track(t.labels.unsqueeze(dim)) for t in given.tracks)
+            given = Value((*source.shape[:dim], 1, *source.shape[dim:]), tracks, given.why)
+        if any(given.shape[d] != into.shape[d] for d in range(rank) if d != dim):
+            return unknown(call)
+        values.append(given)
+    return [join(call, [_narrowed(call, value, [dim]) for value in values])]
+
+
+def sorted_into(call: Call) -> Results:
+    """The places of numbers among boundaries (bucketize)."""
+    _indices(call, call["self"])
+    return like(call)
+
+
+def put(call: Call) -> Results:
+    """x[index] = values, where the index takes the first dimensions: the others go on."""
+    into, values, indices = call["self"], call["values"], list(call["indices"])
+    taken = [i for i in indices if i is not None]
+    first = sum(i.dim() if i.dtype in (torch.bool, torch.uint8) else 1 for i in taken)
+    if indices[: len(taken)] != taken if None in indices else False:
+        return unknown(call)
+    _indices(call, into, values)
+    rest = into.dim() - first
+    given = call.value(values)
+    lead = max(0, values.dim() - rest)
+    narrow = _narrowed(call, given, range(lead))
+    tracks = tuple(Track(t.labels.reshape(t.labels.shape[lead:])) for t in narrow.tracks)
+    written = Value(tuple(values.shape[lead:]), tracks, given.why)
+    return [join(call, [_narrowed(call, call.value(into), range(first)), written])]
+
+
+def bag(call: Call) -> Results:
+    """Sums, means or maxima of rows that are looked up."""
+    _indices(call, call["weight"])
+    return embedding(call)
+
+
+def regions(call: Call) -> Results:
+    """Regions of images, channel by channel (torchvision.ops.roi_align, roi_pool)."""
+    _indices(call, call["input"])
+    return [_carried(call, call.value(call["input"]), (0, 2, 3), "mixes")] * len(call.outputs())
+
+
+def sampled(call: Call) -> Results:
+    """Images read at the places of a grid, channel by channel."""
+    value = call.value(call["input"])
+    _indices(call, call["input"])
+    return [_carried(call, value, range(2, len(value.shape)), "mixes")]
+
+
+def unpooled(call: Call) -> Results:
+    """Values put back where pooling found them, channel by channel."""
+    value = call.value(call["self"])
+    return [join(call, [_narrowed(call, call.value(t), range(2, len(value.shape))) for t in call.tensors()])]
+
+
+def folded(call: Call) -> Results:
+    """col2im: as many rows as its window has places become a channel."""
+    value = call.value(call["self"])
+    rows, places = len(value.shape) - 2, math.prod(call["kernel_size"])
+    result = []
+    for track in _carried(call, value, [d for d in range(len(value.shape)) if d != rows], "mixes"):
+        windows = track.labels.unflatten(rows, (-1, places))
+        call.equate(windows.narrow(rows + 1, 0, 1), windows)
+        result.append(Track(windows.narrow(rows + 1, 0, 1)))
+    return [tuple(result)]
+
+
+def sparse_product(call: Call) -> Results:
+    """A sparse matrix without units times a dense one, plus a third: columns go on. Not counted by PyTorch."""
+    _indices(call, call["self"], call["mat2"])
+    product = _narrowed(call, call.value(call["mat2"]), [0])
+    return [join(call, [product, _narrowed(call, call.value(call["self"]), [0])])]
+
+
+def transformed(call: Call) -> Results:
+    """Fourier transforms over given dimensions: the others go on."""
+    return [_carried(call, call.value(call["self"]), _dims(call, call["self"].dim()), "mixes")]
+
+
+def complex_view(call: Call) -> Results:
+    """Pairs of numbers as complex ones, or the reverse: a last dimension that no units run over goes, or comes."""
+    value = call.value(call["self"])
+    if call.op.overloadpacket is aten.view_as_real:
+        return [tuple(Track(t.labels.unsqueeze(-1)) for t in value.tracks)]
+    last = len(value.shape) - 1
+    return [tuple(Track(t.labels.squeeze(-1)) for t in _narrowed(call, value, [last]).tracks)]
+
+
 # --- contractions -------------------------------------------------------------------------------------------
 
 
@@ -712,8 +842,11 @@ def embedding(call: Call) -> Results:
     ]
 
 
-def matrix_product(call: Call, a: Value, b: Value) -> Tracks:
-    """(..., m, k) times (..., k, n), both of the same rank with equal leading dimensions."""
+def matrix_product(call: Call, a: Value, b: Value, counted: bool = True) -> Tracks:
+    """(..., m, k) times (..., k, n), both of the same rank with equal leading dimensions.
+
+    Products with vectors are not `counted` by PyTorch.
+    """
     rank = len(a.shape)
     m, k, n = rank - 2, rank - 1, rank - 1
     inner_a, inner_b = a.over(k), b.over(rank - 2)
@@ -742,13 +875,9 @@ def matrix_product(call: Call, a: Value, b: Value) -> Tracks:
             right += _same_over(call, t, rank - 2)
     batch = [(a.shape[d], d, tuple(t for t in (*left, *right) if d in t.dims)) for d in range(rank - 2)]
     middle = (inner, 0, (Track(weight.labels.reshape(-1)),)) if weight is not None else (inner, 0, ())
-    call.price(
-        1,
-        *batch,
-        (a.shape[m], m, tuple(t for t in left if m in t.dims)),
-        middle,
-        (b.shape[n], n, tuple(t for t in right if n in t.dims)),
-    )
+    rows, columns = (tuple(t for t in side if d in t.dims) for side, d in ((left, m), (right, n)))
+    if counted:
+        call.price(1, *batch, (a.shape[m], m, rows), middle, (b.shape[n], n, columns))
     # every operand has size 1 along the dimension that only the other one has
     first = Value((*a.shape[:-1], 1), tuple(Track(t.labels, t.weight) for t in left), a.why)
     second = Value((*b.shape[:-2], 1, b.shape[-1]), tuple(Track(t.labels, t.weight) for t in right), b.why)
@@ -768,6 +897,18 @@ def mm(call: Call) -> Results:
     """mm and bmm."""
     second = call["mat2"]
     return [matrix_product(call, call.value(call["self"]), call.value(second))]
+
+
+def vector_product(call: Call) -> Results:
+    """A matrix, or a vector, times a vector (mv, dot)."""
+    a, b = call.value(call["self"]), call.value(call.arguments.get("vec", call.arguments.get("tensor")))
+    column = Value((*b.shape, 1), tuple(Track(t.labels.unsqueeze(-1), t.weight) for t in b.tracks), b.why)
+    if len(a.shape) == 2:
+        product = matrix_product(call, a, column, counted=False)
+        return [tuple(Track(t.labels.squeeze(-1), t.weight) for t in product)]
+    row = Value((1, *a.shape), tuple(Track(t.labels.unsqueeze(0), t.weight) for t in a.tracks), a.why)
+    matrix_product(call, row, column, counted=False)
+    return [()]
 
 
 def addmm(call: Call) -> Results:
@@ -809,6 +950,12 @@ def _side(call: Call, w: Value, dim: int) -> Track | None:
     return side
 
 
+def _is_repeated_filter(call: Call) -> bool:
+    """Whether every channel has the same filters."""
+    filters = call["weight"].unflatten(0, (call["groups"], -1))
+    return bool((filters == filters[:1]).all())
+
+
 def convolution(call: Call) -> Results:
     """Convolutions of any rank, plain, grouped, depthwise and transposed.
 
@@ -835,6 +982,9 @@ def convolution(call: Call) -> Results:
     channels = x.shape[1]
     first, second = (_side(call, w, dim) for dim in (0, 1))
     alone = channels == groups and groups > 1
+    if alone and not transposed and first is None and entering is not None and _is_repeated_filter(call):
+        # a blur, for instance, whose filter the code repeats for as many channels as there are
+        first = Track(entering.repeat_interleave(w.shape[0] // groups).reshape(-1, *[1] * (rank - 1)))
     # the weight's labels for what it takes in and what it gives out, each as (labels in place, is a weight's own)
     taking, giving = (first, second) if transposed else (second, first)
     given: Tensor | None = None
@@ -940,6 +1090,7 @@ def _table() -> dict[Any, Rule]:
         "hardtanh",
         "hardtanh_",
         "nan_to_num",
+        "rrelu_with_noise",
     )
     add(divide, "div", "div_")
     add(same, "clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "to", "_conj", "detach_")
@@ -964,7 +1115,7 @@ def _table() -> dict[Any, Rule]:
     add(reshaped, "squeeze_", "unsqueeze_")
     add(permuted, "permute", "transpose", "t", "transpose_", "t_", "movedim")
     add(expanded, "expand")
-    add(along, "select", "unbind", "flip", "roll", "index_select", "diagonal")
+    add(along, "select", "unbind", "flip", "roll", "rot90", "index_select", "diagonal")
     add(
         anywhere,
         "index",
@@ -1007,7 +1158,7 @@ def _table() -> dict[Any, Rule]:
         "upsample_bilinear2d",
     )
     add(spatial(2), "upsample_bicubic2d", "_upsample_bilinear2d_aa", "reflection_pad2d", "replication_pad2d")
-    add(spatial(2), "fractional_max_pool2d")
+    add(spatial(2), "fractional_max_pool2d", "tril", "triu")
     add(
         spatial(3),
         "avg_pool3d",
@@ -1019,9 +1170,9 @@ def _table() -> dict[Any, Rule]:
     add(spatial(3), "upsample_nearest3d", "upsample_trilinear3d", "reflection_pad3d", "replication_pad3d")
     add(mean, "mean")
     add(variance, "var", "std", "var_mean", "std_mean")
+    add(summed, "sum")
     add(
         reduced,
-        "sum",
         "amax",
         "amin",
         "max",
@@ -1042,6 +1193,19 @@ def _table() -> dict[Any, Rule]:
         "all",
     )
     add(reduced, "cumsum", "cumprod", "sort", "topk", "any", "_safe_softmax", "median")
+    add(reduced, "cummax", "cummin", "logcumsumexp", "kthvalue", "mode", "nanmedian")
+    add(scattered, "index_add", "index_copy", "index_reduce", "index_fill", "scatter", "scatter_add", "scatter_reduce")
+    add(scattered, "index_add_", "index_copy_", "index_reduce_", "index_fill_", "scatter_", "scatter_add_")
+    add(scattered, "scatter_reduce_", "slice_scatter", "select_scatter")
+    add(sorted_into, "bucketize")
+    add(put, "index_put", "index_put_", "_unsafe_index_put")
+    add(bag, "_embedding_bag", "_embedding_bag_forward_only")
+    add(sampled, "grid_sampler_2d", "grid_sampler_3d")
+    add(unpooled, "max_unpool2d", "max_unpool3d")
+    add(folded, "col2im")
+    add(sparse_product, "_sparse_addmm")
+    add(transformed, "_fft_r2c", "_fft_c2c", "_fft_c2r")
+    add(complex_view, "view_as_complex", "view_as_real")
     add(gated_linear, "glu")
     add(batch_norm, "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
     add(
@@ -1058,6 +1222,7 @@ def _table() -> dict[Any, Rule]:
     add(weight_norm, "_weight_norm_interface")
     add(embedding, "embedding")
     add(mm, "mm", "bmm")
+    add(vector_product, "mv", "dot")
     add(addmm, "addmm", "baddbmm")
     add(linear, "linear")
     add(convolution, "convolution")
@@ -1066,9 +1231,14 @@ def _table() -> dict[Any, Rule]:
 
 RULES: dict[Any, Rule] = _table()
 
+NAMED: dict[str, Rule] = {"torchvision.roi_align": regions, "torchvision.roi_pool": regions}
+"""Rules of libraries' operations, which are there only once the library has been imported, by their names."""
+
 
 def default(call: Call) -> Results:
-    """Operations that PyTorch itself calls pointwise need no entry; the rest is unknown."""
+    """Operations that PyTorch itself calls pointwise need no entry; what has none in `NAMED` either is unknown."""
+    if (named := NAMED.get(str(call.op.overloadpacket))) is not None:
+        return [tuple(tracks) for tracks in named(call)]
     name = call.op.overloadpacket.__name__
     plain = getattr(aten, name.removesuffix("_"), None)  # in-place twins lack the tag at times
     overloads = [call.op] + ([getattr(plain, o) for o in plain.overloads()] if name.endswith("_") and plain else [])
