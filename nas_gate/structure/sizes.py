@@ -2,21 +2,23 @@
 
 Code that computes them from the shape of its input, or that has them as literals, would compute others in a smaller
 model. Every call is known by its module and by what the code says there (`places.py`), so that other inputs, or
-training mode, may take other branches. What has no source, and what torch compiles, knows a call by its function and
-its number among that function's calls of one forward pass alone. "view:0@x.view(B,N,C)#0" has both. The analysis notes
-the calls of the dense run, and removal corrects those of the smaller model.
+training mode, may take other branches, and loops run more or fewer times. What has no source, and what torch compiles,
+knows a call by its function and its number among that function's calls of one forward pass alone. The name of a call
+has both: "view:3@x.view(B,N,C)#0/2" is the fourth view, and the first of two at that place. The analysis notes the
+calls of the dense run, and removal corrects those of the smaller model.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import SymInt, Tensor, nn
@@ -142,18 +144,20 @@ OnResult = Callable[[str, str, "list[int]", "list[tuple[Tensor, int]]"], None]
 class Calls(TorchFunctionMode):
     """Names the calls with sizes or factors, and lets them be changed.
 
-    Numbers count from 0, for each running module and function, and for each place. A module's count the calls of its
-    children, too, so that it can count without knowing them.
+    Numbers count from 0, for each running module and function, those of a module's children, too, so that it can count
+    without knowing them; at its places a module's own calls alone count.
     """
 
-    def __init__(self, on_sizes: OnSizes, on_factor: OnFactor, on_result: OnResult | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, on_sizes: OnSizes, on_factor: OnFactor, on_result: OnResult | None = None
+    ) -> None:
         super().__init__()
         self._on_sizes, self._on_factor, self._on_result = on_sizes, on_factor, on_result
-        self._running: list[tuple[str, Counter[str]]] = [("", Counter())]
+        self._running: list[tuple[str, nn.Module, Counter[str]]] = [("", module, Counter())]
 
-    def enter(self, path: str) -> None:
+    def enter(self, path: str, module: nn.Module) -> None:
         """A module starts."""
-        self._running.append((path, Counter()))
+        self._running.append((path, module, Counter()))
 
     def leave(self) -> None:
         """It ends."""
@@ -164,24 +168,38 @@ class Calls(TorchFunctionMode):
         sizes, factor = sizes_of(name, args), factor_of(name, args, kwargs)
         if sizes is None and factor is None:
             return func(*args, **kwargs)
-        path, counts = self._running[-1]
-        call, place = f"{name}:{counts[name]}", "" if torch.compiler.is_dynamo_compiling() else place_of_call(STARTS)
-        if place:
-            call += f"@{place}#{counts[place]}"
-        for _, numbers in self._running:
+        path, module, counts = self._running[-1]
+        call, recomputed = f"{name}:{counts[name]}", False
+        for _, _, numbers in self._running:
             numbers[name] += 1
-            numbers[place] += 1
+        if not torch.compiler.is_dynamo_compiling():
+            place = place_of_call(STARTS)
+            if place.module is not None and place.module is not module:
+                return func(*args, **kwargs)
+            if place.text:
+                key = f"{name}@{place.text}"
+                call += f"@{place.text}#{counts[key]}"
+                counts[key] += 1
+            recomputed = place.recomputed and (module.training or torch.is_grad_enabled())
         if sizes is not None:
             used = self._on_sizes(path, call, sizes)
-            out = func(*(args if used == sizes else with_sizes(name, args, used)), **kwargs)
+            changed = used != sizes
+            out = func(*(with_sizes(name, args, used) if changed else args), **kwargs)
             if self._on_result is not None:
                 self._on_result(path, call, sizes, places_of(name, args, kwargs, out))
-            return out
-        assert factor is not None
-        wanted = self._on_factor(path, call, factor)
-        if wanted != factor:
-            args, kwargs = with_factor(name, args, kwargs, wanted)
-        return func(*args, **kwargs)
+        else:
+            assert factor is not None
+            wanted = self._on_factor(path, call, factor)
+            changed = wanted != factor
+            if changed:
+                args, kwargs = with_factor(name, args, kwargs, wanted)
+            out = func(*args, **kwargs)
+        if changed and recomputed:
+            raise RuntimeError(
+                f"{call} in {type(module).__name__} is corrected, which torch.utils.checkpoint does not see when it "
+                "recomputes: let it recompute the whole module, or nothing of it"
+            )
+        return out
 
 
 @contextmanager
@@ -191,7 +209,7 @@ def watched(model: nn.Module, calls: Calls) -> Iterator[None]:
 
     def enter(module: nn.Module, args: Any) -> None:
         if module in names:
-            calls.enter(names[module])
+            calls.enter(names[module], module)
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         if module in names:
@@ -202,6 +220,31 @@ def watched(model: nn.Module, calls: Calls) -> Iterator[None]:
         exits.callback(register_module_forward_hook(leave, always_call=True).remove)
         exits.enter_context(calls)
         yield
+
+
+class Name(NamedTuple):
+    """The parts of a call's name; `place` has the function, too, and is "" where it is not known."""
+
+    number: str
+    place: str
+    occurrence: int
+    of: int
+
+
+def parts(call: str) -> Name:
+    """What a call's name says; a total of 0 is not known."""
+    number, _, rest = call.partition("@")
+    text, _, which = rest.rpartition("#")
+    occurrence, _, total = which.partition("/")
+    function = number.partition(":")[0]
+    return Name(number, f"{function}@{text}" if text else "", int(occurrence or 0), int(total or 0))
+
+
+def with_totals(calls: Iterable[str]) -> dict[str, str]:
+    """The names of all calls of one forward pass, each with the number of calls at its place."""
+    calls = list(calls)
+    total = Counter(parts(call).place for call in calls)
+    return {call: f"{call}/{total[place]}" if (place := parts(call).place) else call for call in calls}
 
 
 LARGE = 25_000_000
@@ -259,6 +302,15 @@ class Needs:
     factors: Mapping[str, float]
 
 
+class _Met:
+    """What one forward pass of a module has met: known calls, how many calls at each place, others in known places."""
+
+    def __init__(self) -> None:
+        self.calls: set[str] = set()
+        self.places: Counter[str] = Counter()
+        self.instead: dict[str, str] = {}
+
+
 class CorrectedForward:
     """Stands in for the `forward` of one module, and runs it with corrected sizes and factors.
 
@@ -269,7 +321,11 @@ class CorrectedForward:
         self.module, self._needs = module, needs
         self.sizes, self.factors = dict(corrections.sizes), dict(corrections.factors)
         calls = [*self.sizes, *self.factors, *(() if needs is None else (*needs.sizes, *needs.factors))]
-        self._known = {part: call for call in calls for part in call.split("@", 1)}  # by number, and by place
+        self._numbered = {parts(call).number: call for call in calls}
+        self._placed: dict[str, dict[int, str]] = {}
+        for call in calls:
+            if place := parts(call).place:
+                self._placed.setdefault(place, {})[parts(call).occurrence] = call
         self.earlier: Callable[..., Any] | None = module.__dict__.get("forward")  # of a model that was cut before
 
     def corrections(self) -> Corrections | None:
@@ -286,17 +342,28 @@ class CorrectedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's own forward returns."""
-        met: set[str] = set()
-        missed: dict[str, str] = {}
-        with Calls(partial(self._sizes, met, missed), partial(self._factor, met, missed)):
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"the forward of {type(self.module).__name__} has corrected sizes, which torch.jit.trace would lose: "
+                "use torch.export, or nas-gate export"
+            )
+        module, met = self._called(), _Met()
+        with Calls(module, partial(self._sizes, met), partial(self._factor, met)):
             if self.earlier is not None:
                 out = self.earlier(*args, **kwargs)
             else:
-                out = type(self.module).forward(self.module, *args, **kwargs)
-        for call, other in missed.items():
-            if call not in met and self._needs is None:
-                raise self._elsewhere(f"{other} stands in the place of {call}")
+                out = type(module).forward(module, *args, **kwargs)
+        if self._needs is None:
+            self._check(met)
         return out
+
+    def _called(self) -> nn.Module:
+        """The module that is called: a shallow copy (nn.DataParallel makes such ones) shares this forward."""
+        if not torch.compiler.is_dynamo_compiling():
+            caller = sys._getframe(2).f_locals.get("self")
+            if isinstance(caller, nn.Module) and vars(caller).get("forward") is self:
+                return caller
+        return self.module
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -308,21 +375,66 @@ class CorrectedForward:
         """That of the module's own forward, by which torch.export says where an input belongs."""
         return type(self.module).forward.__code__
 
-    def _met(self, met: set[str], missed: dict[str, str], call: str) -> str:
-        """What a call is known as, noted in `met`; "" for others, in `missed` where one known has their number."""
-        number, _, place = call.partition("@")
-        known = self._known.get(place or number, "")
-        if not known and (numbered := self._known.get(number, "")):
-            if "@" in numbered:
-                missed[numbered] = call
-            else:  # of an earlier version
-                known = numbered
-        if known:
-            met.add(known)
+    def _known(self, met: _Met, call: str, alike: Callable[[str], bool]) -> str:
+        """What a call is known as, "" for others; where one of those looks `alike` a known one, that is noted."""
+        name = parts(call)
+        met.places[name.place] += 1
+        if not name.place:
+            known = self._numbered.get(name.number, "")
+        elif name.place in self._placed:
+            known = self._at(name.place, name.occurrence)
+        else:
+            known = self._called_elsewhere(name.place)
+            if not known and (numbered := self._numbered.get(name.number, "")):
+                if not parts(numbered).place:  # of an earlier version
+                    known = numbered
+                elif alike(numbered):
+                    met.instead[numbered] = call
+        met.calls.add(known)
         return known
 
-    def _sizes(self, met: set[str], missed: dict[str, str], path: str, call: str, sizes: list[int]) -> list[int]:
-        known = self._met(met, missed, call)
+    def _at(self, place: str, occurrence: int) -> str:
+        """What is known of an occurrence at a place; of any one where all have the same correction, as in a loop."""
+        calls = self._placed[place]
+        return next(iter(calls.values())) if self._is_same(place) else calls.get(occurrence, "")
+
+    def _is_same(self, place: str) -> bool:
+        calls = [*self._placed[place].values()]
+        same = all(self._correction(call) == self._correction(calls[0]) for call in calls)
+        return self._needs is None and same and len(calls) == parts(calls[0]).of
+
+    def _correction(self, call: str) -> Any:
+        return self.sizes.get(call), self.factors.get(call)
+
+    def _called_elsewhere(self, place: str) -> str:
+        """What is known of the same expression in a helper that other lines call, where that is one thing only."""
+        function, _, text = place.partition("@")
+        _, helped, last = text.rpartition(" > ")
+        places = (
+            [p for p in self._placed if p.endswith(f" > {last}") and p.startswith(f"{function}@")] if helped else []
+        )
+        calls = [call for p in places if self._is_same(p) for call in self._placed[p].values()]
+        same = all(self._correction(call) == self._correction(calls[0]) for call in calls)
+        return calls[0] if calls and same and all(map(self._is_same, places)) else ""
+
+    def _check(self, met: _Met) -> None:
+        """Raise RuntimeError where this was another path, on which nobody knows what to correct."""
+        for call, other in met.instead.items():
+            if call not in met.calls:
+                raise self._elsewhere(f"{other} stands in the place of {call}")
+        for place, calls in self._placed.items():
+            of = parts(next(iter(calls.values()))).of
+            if met.places[place] not in (0, of) and not self._is_same(place):
+                raise self._elsewhere(f"{place} runs {met.places[place]} times, not {of},")
+
+    def _sizes(self, met: _Met, path: str, call: str, sizes: list[int]) -> list[int]:
+        def alike(other: str) -> bool:
+            wrong = self.sizes.get(other, {})
+            return (
+                bool(wrong) and max(wrong) < len(sizes) and all(sizes[i] % n == 0 for i, (_, n) in wrong.items() if n)
+            )
+
+        known = self._known(met, call, alike)
         if self._needs is not None and known in self._needs.sizes and known not in self.sizes:
             right = self._needs.sizes[known]
             self.sizes[known] = {i: (n, int(size)) for i, (n, size) in enumerate(zip(right, sizes)) if n != size}
@@ -331,11 +443,13 @@ class CorrectedForward:
         if wrong and max(wrong) >= len(sizes):
             raise self._elsewhere(f"{call} has the sizes {sizes}")
         for position, (right_size, computed) in wrong.items():
+            if computed and sizes[position] % computed:
+                raise self._elsewhere(f"{call} has the size {sizes[position]}, no multiple of {computed},")
             result[position] = sizes[position] * right_size // computed if computed else right_size
         return result
 
-    def _factor(self, met: set[str], missed: dict[str, str], path: str, call: str, factor: float) -> float:
-        known = self._met(met, missed, call)
+    def _factor(self, met: _Met, path: str, call: str, factor: float) -> float:
+        known = self._known(met, call, lambda other: self.factors.get(other, (0.0, math.nan))[1] == factor)
         if self._needs is not None and self._needs.factors.get(known, factor) != factor:
             self.factors[known] = self._needs.factors[known], factor
         right, computed = self.factors.get(known, (factor, factor))
@@ -344,15 +458,15 @@ class CorrectedForward:
         return right
 
     def _elsewhere(self, what: str) -> RuntimeError:
-        """A call that is told by its number alone may be another one on another path, or the code may be other code."""
+        """Another call may stand where a known one was, on another path or in code that was changed."""
         return RuntimeError(
             f"the forward of {type(self.module).__name__} must take the path of the inputs and the mode that it was "
             f"analysed with, but {what} here"
         )
 
 
-STARTS = (nn.Module._call_impl.__code__, CorrectedForward.__call__.__code__)
-"""Code that runs a module's own forward."""
+STARTS = {nn.Module._call_impl.__code__: "self", CorrectedForward.__call__.__code__: "module"}
+"""Code that runs a module's own forward, and its variable that is the module."""
 
 
 def correct(module: nn.Module, corrections: Corrections) -> None:

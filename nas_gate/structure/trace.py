@@ -29,7 +29,7 @@ from nas_gate.modules import Choice
 from nas_gate.structure import labels as lb
 from nas_gate.structure.graph import Graph, Node, Ref, found_in
 from nas_gate.structure.labels import Track, Value
-from nas_gate.structure.sizes import CONSTANTS, Calls, watched
+from nas_gate.structure.sizes import CONSTANTS, Calls, watched, with_totals
 
 KERNEL = "has it as the extent of its kernel"
 """The reason of kernel dimensions, which nobody would look for among the fixed channels."""
@@ -640,7 +640,7 @@ def trace(
                 exits.enter_context(context)
             where = exits.enter_context(_paths(model, width, graph.module))
             if not training:
-                exits.enter_context(watched(model, Calls(lambda path, call, sizes: sizes, factor, given)))
+                exits.enter_context(watched(model, Calls(model, lambda path, call, sizes: sizes, factor, given)))
             recorder = exits.enter_context(_Recorder(values, findings, rules, default, where, touched, graph))
             out = run(model, args, kwargs)
         findings.widths.update({path: lb.axis(labels, 1) for path, labels in widths.items()})
@@ -652,6 +652,7 @@ def trace(
         return {n for n, t in tensors.items() if id(t) in touched}
 
     used = once(False, findings.graph)
+    _name_calls(findings)
     findings.parameters = {n: p.numel() for n, p in model.named_parameters()}
     unused = findings.parameters.keys() - used
     if unused:
@@ -672,6 +673,16 @@ def trace(
                 torch.arange(slots.start, slots.start + slots.size, device="cpu"), "the example inputs do not reach it"
             )
     return findings
+
+
+def _name_calls(findings: Findings) -> None:
+    """Let the names of calls say how many there are at their places."""
+    calls: dict[str, list[str]] = {path: list(of) for path, of in findings.factors.items()}
+    for given in findings.given:
+        calls.setdefault(given.path, []).append(given.call)
+    names = {path: with_totals(dict.fromkeys(of)) for path, of in calls.items()}
+    findings.given = [dataclasses.replace(g, call=names[g.path][g.call]) for g in findings.given]
+    findings.factors = {path: {names[path][c]: f for c, f in of.items()} for path, of in findings.factors.items()}
 
 
 def _complete_norms(findings: Findings, model: nn.Module) -> None:
