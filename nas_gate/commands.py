@@ -322,7 +322,9 @@ def export(arguments: Sequence[str]) -> None:
         if options.output is not None and len(folders) > 1:
             raise ValueError(f"--output takes the files of one candidate, but {len(folders)} are given")
         for folder in folders:
-            factory = options.factory and partial(models.build, options.factory, **read(folder).model["arguments"])
+            factory = options.factory and partial(
+                models.build, options.factory, **read(folder).model.get("arguments", {})
+            )
             exported = exported_candidate(
                 folder,
                 options.format,

@@ -71,12 +71,13 @@ def refuse_other_settings(described: Plain, run_dir: Path, may_differ: Sequence[
 
 
 def refuse_other_sources(sources: Plain, run_dir: Path) -> None:
-    """Refused if the folder's run was made from other contents than `sources` says, as far as that names them."""
+    """Refused if the folder's run was made from other contents than `sources` says, as far as both name them."""
     file = run_dir / "sources.json"
     if not file.exists():
         return
     there = read_json(file)
-    if differing := differences({name: there.get(name) for name in sources}, sources):
+    both = [name for name in sources if name in there]
+    if differing := differences({name: there[name] for name in both}, {name: sources[name] for name in both}):
         raise Refused(
             f"{run_dir} holds a run of other contents ({differing}). "
             "Choose another folder, put back what has changed, or remove the folder to begin anew."

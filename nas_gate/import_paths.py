@@ -6,9 +6,13 @@ import difflib
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def is_import_path(name: str) -> bool:
@@ -47,6 +51,23 @@ def imported(path: str, what: str) -> Callable[..., Any]:
 
 
 def source_digest(path: str) -> str:
-    """A digest of the file that an import path leads to; empty where its module has none."""
-    file = inspect.getsourcefile(importlib.import_module(path.partition(":")[0]))
-    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    """A digest of the files that an import path leads to: its module's, and that of a factory imported from elsewhere.
+
+    Empty where there is none.
+    """
+    return _digest([importlib.import_module(path.partition(":")[0]), inspect.unwrap(imported(path, "code"))])
+
+
+def modules_digest(model: nn.Module) -> str:
+    """A digest of the files that the classes of a model's modules are defined in, but PyTorch's."""
+    kinds = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
+    return _digest(sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)))
+
+
+def _digest(objects: Iterable[Any]) -> str:
+    files: dict[str, None] = {}
+    for each in objects:
+        with suppress(TypeError):  # an object that was built, or a class of C code
+            files[inspect.getsourcefile(each) or ""] = None
+    contents = [Path(file).read_bytes() for file in files if file and Path(file).is_file()]
+    return hashlib.sha256(b"".join(contents)).hexdigest() if contents else ""

@@ -100,46 +100,59 @@ def choose(
     budgets = [(priced, cost.unit(priced), most) for priced, most in wanted.values()]
     sizes, group = _sizes(structure), structure.group_of_unit()
     least = least_units(structure, round_to, minimum)
-    sequence = _steps(structure, values, cost, metric, least)
-    steps = sequence.units
-
-    def counts(done: Ints) -> Ints:
-        """Open units of every group after some steps."""
-        closing = done[sequence.choice[done] < 0]
-        left = sizes - np.bincount(group[closing], minlength=len(sizes))
-        left = np.maximum(_rounded(left, round_to, sizes), least)
-        for index, choice in enumerate(structure.choices):
-            opened = done[sequence.choice[done] == index]
-            left[group[list(choice.units)]] = 0
-            left[group[opened[-1] if len(opened) else sequence.start[index]]] = 1
-        return left
 
     def within(left: Ints) -> bool:
         open_units = torch.from_numpy(left).double()
         return all(float(cost.of_counts(open_units, priced)) / unit <= most for priced, unit, most in budgets)
 
-    def fits(done: Ints) -> bool:
-        return within(counts(done))
+    def landed(sequence: _Steps) -> Ints | None:
+        """Open units of every group after the fewest steps of a sequence that meet all budgets; None where none do."""
+        steps = sequence.units
 
-    def first(high: int, then: Ints) -> int:
-        """The fewest steps, at most `high`, that meet all budgets together with `then`."""
-        low = 0
-        while low < high:  # with `high` steps they are met; with one step less than those found they are not
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(np.append(steps[:middle], then)) else (middle + 1, high)
-        return low
+        def counts(done: Ints) -> Ints:
+            """Open units of every group after some steps."""
+            closing = done[sequence.choice[done] < 0]
+            left = sizes - np.bincount(group[closing], minlength=len(sizes))
+            left = np.maximum(_rounded(left, round_to, sizes), least)
+            for index, choice in enumerate(structure.choices):
+                opened = done[sequence.choice[done] == index]
+                left[group[list(choice.units)]] = 0
+                left[group[opened[-1] if len(opened) else sequence.start[index]]] = 1
+            return left
 
-    if not fits(steps):  # candidates of a choice that are cheap in one metric can be dear in another
+        def fits(count: int, then: Ints) -> bool:
+            return within(counts(np.append(steps[:count], then)))
+
+        def first(high: int, then: Ints) -> int | None:
+            """The fewest steps, at most `high`, that meet all budgets together with `then`."""
+            if uneven:
+                return next((count for count in range(high + 1) if fits(count, then)), None)
+            if not fits(high, then):
+                return None
+            low = 0
+            while low < high:  # with `high` steps they are met; with one step less than those found they are not
+                middle = (low + high) // 2
+                low, high = (low, middle) if fits(middle, then) else (middle + 1, high)
+            return low
+
+        then = steps[:0]
+        done = first(len(steps), then)
+        while done and structure.groups[group[steps[done - 1]]].kind != WIDTH:
+            then = np.append(steps[done - 1], then)
+            done = first(done - 1, then)
+        return None if done is None else counts(np.append(steps[:done], then))
+
+    # a candidate of a choice that is cheap in one metric can be dear in another, so that a step may raise a cost
+    uneven = bool(structure.choices) and len(budgets) > 1
+    metrics = dict.fromkeys(priced for priced, _, _ in budgets) if uneven else [metric]
+    sequences = (_steps(structure, values, cost, priced, least) for priced in metrics)
+    left = next((left for sequence in sequences if (left := landed(sequence)) is not None), None)
+    if left is None:
         raise ValueError(
-            f"target={target} of {metric} and limits={dict(limits or {})} must be met together, but what costs the "
-            f"least {metric} exceeds a limit"
+            f"target={target} of {metric} and limits={dict(limits or {})} must be met together, but neither the "
+            f"candidates that cost the least {metric} nor those of any limit meet all"
         )
-    done, then = first(len(steps), steps[:0]), steps[:0]
-    while done and structure.groups[group[steps[done - 1]]].kind != WIDTH:
-        then = np.append(steps[done - 1], then)
-        done = first(done - 1, then)
     ranked = [g.start + np.argsort(-values[g.start : g.stop], kind="stable") for g in structure.groups]
-    left = counts(np.append(steps[:done], then))
     if round_to > 1:
         left = _filled(structure, values, ranked, left, round_to, within)
     keep = np.zeros(len(values), dtype=bool)

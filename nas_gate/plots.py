@@ -173,7 +173,8 @@ def figure_data(
     """The record of the picture of one or several tables of candidates.
 
     `x` is "macs", "params" or "latency_ms", `quality` what candidates are judged by. Each study and method is a series
-    of its own with its own front, so that baselines can be compared; the knee is that of all methods of a study. Raises
+    of its own with its own front, so that baselines can be compared; the knee is that of all methods of a study, of
+    means as the fronts are. Raises
     ValueError for an unknown `x`, for tables that share a study's name, and where no candidate has both figures.
     """
     if x not in AXES:
@@ -199,7 +200,7 @@ def figure_data(
         of_method = {method: shown[shown["method"].astype(str) == method] for method in methods}
         series += [_series(part, study, method, x, quality) for method, part in of_method.items()]
         objectives = quality.against(x)
-        best = front(shown, objectives, quality)
+        best = front(seed_means(shown, x, quality), objectives, quality)
         row = best.iloc[knee(best, objectives)]
         knees.append(Knee(study, str(row["method"]), float(row[x]), float(row[quality.name])))
     if not series:

@@ -43,7 +43,7 @@ from nas_gate.folders import (
     refuse_other_sources,
     write_json,
 )
-from nas_gate.import_paths import is_import_path, source_digest
+from nas_gate.import_paths import is_import_path, modules_digest, source_digest
 from nas_gate.measuring import fastest, on_processor
 from nas_gate.modules import choices_of
 from nas_gate.outcome import Stage, announce, announce_leg, combined, figures, named, report, tell
@@ -164,7 +164,7 @@ def search(
 
     prepared = prepare(settings, cache_dir, console)
     fabric, gated = prepared.fabric, prepared.gated
-    sources = {**contents(settings), "data": prepared.data.fingerprint}
+    sources = {**_contents(settings, prepared), "data": prepared.data.fingerprint}
     refuse_other_sources(sources, run_dir)
     if not fabric.is_global_zero:
         console = None
@@ -258,6 +258,12 @@ def contents(settings: Settings) -> dict[str, Any]:
     return found
 
 
+def _contents(settings: Settings, prepared: Prepared) -> dict[str, Any]:
+    """`contents`, with the code of the modules of one's own: the file of the factory may take them from others."""
+    found = contents(settings)
+    return {**found, "modules": modules_digest(prepared.dense)} if "code" in found else found
+
+
 def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console: Console | None = None) -> list[Epoch]:
     """Train `prepared.dense`, or take its weights from the cache; the file there is the fit's checkpoint.
 
@@ -279,8 +285,10 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
     mode = None if choices_of(prepared.dense) else settings.hardware.compile
     if mode is not None:
         key["compile"] = mode
-    sources = contents(settings)
-    if "code" in sources:  # the network's modules, too: the file may take them from others
+    if prepared.fabric.world_size > 1:  # each has its own part of the data, and its own statistics of norms
+        key["processes"] = prepared.fabric.world_size
+    sources = _contents(settings, prepared)
+    if "code" in sources:
         shapes = {name: tuple(tensor.shape) for name, tensor in prepared.dense.state_dict().items()}
         sources["code"]["network"] = f"{prepared.dense} {shapes}"
     key |= sources

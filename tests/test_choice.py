@@ -262,6 +262,36 @@ def test_landing_changes_to_cheaper_and_dearer_candidates() -> None:
         landing.choose(structure, torch.zeros(structure.units), 0.01)
 
 
+class Opposed(nn.Module):
+    """A choice whose first candidate has few MACs and many parameters, and whose second has it the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 3, padding=1)
+        pooled = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Conv2d(4, 4, 3, padding=1), nn.Upsample(scale_factor=4))
+        self.d = Choice([pooled, nn.Conv2d(4, 4, 1)])
+        self.o = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.o(self.d(self.a(x)))
+        return result
+
+
+@pytest.mark.parametrize("most", [0.13, 0.15, 0.17, 0.4])
+def test_landing_meets_a_limit_that_the_cheapest_candidate_of_the_target_exceeds(most: float) -> None:
+    """Nothing has to close for the MACs; what the scores prefer, the second candidate, meets the limit as well."""
+    structure = nas_gate.analyze(Opposed(), torch.randn(1, 3, 8, 8))
+    assert [group.size for group in structure.groups] == [4, 4, 1, 1]
+    scores = torch.tensor([3.0, 2, 1, 0.5, 1, 1, 1, 1, -1, 5])
+    keep = landing.choose(structure, scores, 1.0, "macs", limits={"params": most})
+    cost = nas_gate.CostModel(structure)
+    assert cost.share(keep, "params") <= most
+    assert keep[8:].tolist() == [False, True]
+    more = keep.clone()
+    more[int(torch.where(keep[:4], -torch.inf, scores[:4]).argmax())] = True
+    assert bool(keep[:4].all()) or cost.share(more, "params") > most
+
+
 @pytest.mark.parametrize("method", ["uniform", "l1"])
 def test_baselines_of_width_keep_the_first_candidates(method: str) -> None:
     model = network(operators(), operators())

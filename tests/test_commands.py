@@ -1,5 +1,6 @@
 """pareto, select, report and export as they are typed: what they print, write and refuse."""
 
+import importlib
 import json
 import math
 import os
@@ -246,6 +247,22 @@ def test_a_study_of_another_task_from_search_to_selection(
 
 
 # --- export, and the latencies that it leaves ---------------------------------------------------------------
+
+
+def test_a_candidate_of_a_loop_of_ones_own_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As the README saves it: its record has no arguments of a factory."""
+    (tmp_path / "own_net.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    gated = nas_gate.attach(importlib.import_module("own_net").net(), torch.rand(1, 8))
+    removed = nas_gate.remove_with_proof(gated, nas_gate.land(gated, target=0.5))
+    folder = nas_gate.save(tmp_path / "candidate", removed.model, removed.cut, {"name": "MyNet"}, {}, {"seed": 0})
+    options = ["--factory", "own_net:net", "--input", "8", "--format", "pt2", "--no-latency"]
+    assert cli.main(["export", str(folder), *options]) == 0
+    program = torch.export.load(folder / "export" / "model.pt2").module()
+    x = torch.rand(3, 8)
+    torch.testing.assert_close(program(x), removed.model(x))
 
 
 def test_export_measures_and_the_others_find_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

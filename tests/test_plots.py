@@ -70,6 +70,15 @@ def test_the_knee_is_of_all_methods() -> None:
     assert figure_data(better).knees == (Knee("a", "l1", 21, 0.89),)
 
 
+def test_the_knee_is_no_lucky_seed() -> None:
+    """It lies on the front that is drawn, which is of means."""
+    seeds = [{"macs": 40, "accuracy": accuracy, "seed": seed} for seed, accuracy in enumerate((0.60, 0.61, 0.88))]
+    ends = [{"macs": 10, "accuracy": 0.5, "target": 0.1}, {"macs": 100, "accuracy": 0.9, "target": 1.0}]
+    data = figure_data(table(*seeds, *ends))
+    (knee,) = data.knees
+    assert (knee.cost, knee.accuracy) in data.series[0].staircase
+
+
 def test_equal_candidates_make_one_corner() -> None:
     data = figure_data(table({"macs": 20}, {"macs": 20, "target": 0.1}))
     assert data.series[0].staircase == ((20, 0.9),)

@@ -663,6 +663,41 @@ def test_the_cache_knows_the_code_of_a_network_of_ones_own(tmp_path: Path, monke
     assert names[0] == names[1] != names[2]
 
 
+def test_the_code_of_a_network_is_that_of_all_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A package that passes on a factory, which takes a layer from a third file: a change in any is another network."""
+    package = tmp_path / "passing"
+    package.mkdir()
+    (package / "__init__.py").write_text("from passing.nets import net\n")
+    layers, nets = package / "layers.py", package / "nets.py"
+    layers.write_text(
+        "from torch import nn\nclass Act(nn.Module):\n    def forward(self, x):\n        return x.relu()\n"
+    )
+    nets.write_text(
+        "from torch import nn\nfrom passing.layers import Act\ndef net(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), Act(), nn.Linear(8, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = replace(TINY, model=Named("passing:net"))
+    prepared = search.prepare(settings)
+    names = []
+    monkeypatch.setattr(search, "fit", lambda *a, **k: names.append(k["checkpoint"].parent.name))
+    for changed in (None, None, layers, nets):
+        if changed is not None:
+            changed.write_text(changed.read_text() + "# another\n")
+        search.train_dense(settings, prepared, tmp_path)
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+
+
+def test_the_cache_knows_on_how_many_processes_a_network_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    prepared, names = search.prepare(TINY), []
+    monkeypatch.setattr(search, "fit", lambda *a, **k: names.append(k["checkpoint"].parent.name))
+    for processes in (1, 2):
+        fabric = cast(Fabric, SimpleNamespace(world_size=processes, is_global_zero=True, broadcast=lambda got: got))
+        search.train_dense(TINY, replace(prepared, fabric=fabric), tmp_path)
+    assert names[0] != names[1]
+
+
 NET = """
 from torch import nn
 
