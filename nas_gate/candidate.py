@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nas_gate.removal import Cut, cut_model
-from nas_gate.structure.sizes import Corrections
+from nas_gate.structure.corrections import Corrections
 from nas_gate.structure.trace import tensors_of
 
 FORMAT, VERSION = "nas-gate candidate", 1

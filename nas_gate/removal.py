@@ -26,8 +26,8 @@ from nas_gate.cost import METRICS, CostModel
 from nas_gate.gating import choice_at, normalize_over_all, normalize_over_kept, standardized
 from nas_gate.modules import Choice, Zero, copied, fresh
 from nas_gate.structure import Structure
+from nas_gate.structure.corrections import Corrections, Needs, correct, first_run
 from nas_gate.structure.graph import found_in
-from nas_gate.structure.sizes import Corrections, Needs, correct, first_run
 from nas_gate.structure.trace import (
     gpus,
     macs_of,

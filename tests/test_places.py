@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import nas_gate
 from nas_gate.removal import closed
-from nas_gate.structure.sizes import Calls, CorrectedForward, Corrections, Needs, correct, first_run, parts, watched
+from nas_gate.structure.corrections import CorrectedForward, Corrections, Needs, correct, first_run
+from nas_gate.structure.sizes import Calls, parts, watched
 
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="code does not know its columns before Python 3.11")
 

@@ -23,7 +23,7 @@ import nas_gate
 from nas_gate import candidate
 from nas_gate.attention import HeadsAttention
 from nas_gate.removal import closed
-from nas_gate.structure.sizes import Corrections, Needs, correct, first_run
+from nas_gate.structure.corrections import Corrections, Needs, correct, first_run
 from nas_gate.structure.trace import plain_operations
 
 STEADY = settings(max_examples=8, derandomize=True, deadline=None)

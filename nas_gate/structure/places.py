@@ -7,7 +7,7 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
@@ -26,6 +26,10 @@ COMPREHENSIONS = {"<listcomp>", "<setcomp>", "<dictcomp>"}
 """Code that is a frame of its own in some versions of Python, and in others a part of what is around it."""
 
 
+STARTS = {nn.Module._call_impl.__code__: "self"}
+"""Code that runs a module's own forward, and its variable that is the module."""
+
+
 class Place(NamedTuple):
     """Where a call stands: the running module (None outside of any), and the calls from its `forward` to this one.
 
@@ -39,19 +43,19 @@ class Place(NamedTuple):
     recomputed: bool
 
 
-def place_of_call(starts: Mapping[CodeType, str]) -> Place:
-    """The place of the call that is the caller's caller; `starts` is code that runs modules, and its variable of them.
+def place_of_call() -> Place:
+    """The place of the call that is the caller's caller.
 
     What other files do on the way is left out: libraries that are called there may change.
     """
     frames: list[FrameType] = []
     frame: FrameType | None = sys._getframe(2)  # below the one of __torch_function__
-    while frame is not None and frame.f_code not in starts:
+    while frame is not None and frame.f_code not in STARTS:
         frames.append(frame)
         frame = frame.f_back
     if frame is None:
         return Place(None, "", False)
-    module: nn.Module = frame.f_locals[starts[frame.f_code]]
+    module: nn.Module = frame.f_locals[STARTS[frame.f_code]]
     kind: Any = type(module)
     files, texts, inside = _files(kind), [], False
     for one in frames:
