@@ -48,6 +48,37 @@ class Scaled(nn.Module):
         return x + self.scale * self.layers(x)
 
 
+class Own(nn.Module):
+    """A parameter of its own, and what to do with it."""
+
+    def __init__(self, run: Callable[..., Tensor], *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(shape) - 0.3)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, self.weight)
+
+
+def attention(x: Tensor, qkv: nn.Module, out: nn.Module) -> Tensor:
+    """Two heads over the places of an image, whose width is taken from what enters."""
+    n, _, h, w = x.shape
+    q, k, v = qkv(x).reshape(n, 3, 2, -1, h * w).transpose(-1, -2).unbind(1)
+    y = F.scaled_dot_product_attention(q, k, v)
+    return x + out(y.transpose(-1, -2).reshape(n, -1, h, w))
+
+
+def recurrent(x: Tensor, layer: nn.Module) -> Tensor:
+    """From place to place of an image."""
+    return layer(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def modulated(x: Tensor, layer: nn.Module) -> Tensor:
+    """Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", arXiv 1709.07871, equation 2."""
+    scale, shift = layer(x.mean((2, 3)))[..., None, None].chunk(2, 1)
+    return x * scale + shift
+
+
 def over_channels_last(x: Tensor, norm: nn.Module) -> Tensor:
     return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -113,6 +144,22 @@ PARTS: dict[str, Part] = {
             lambda x, a: x + a(x),
             Choice([conv(c, c, 1, norm), nn.Sequential(*(PARTS["residual"](c, w, norm)[0], conv(c, c, 3)))]),
         ),
+        c,
+    ),
+    "own filters": lambda c, w, norm: (Own(lambda x, a: F.conv2d(x, a, padding=1), w, c, 3, 3), w),
+    "stack": lambda c, w, norm: (
+        Step(lambda x, a, b: torch.stack([a(x), b(x)], 1).amax(1), conv(c, w, 1, norm), conv(c, w, 3)),
+        w,
+    ),
+    "unfold": lambda c, w, norm: (
+        Step(lambda x, a: a(F.unfold(x, 3, padding=1).unflatten(2, x.shape[2:])), nn.Conv2d(9 * c, w, 1)),
+        w,
+    ),
+    "attention": lambda c, w, norm: (Step(attention, nn.Conv2d(c, 6 * w, 1), nn.Conv2d(2 * w, c, 1)), c),
+    "recurrent": lambda c, w, norm: (Step(recurrent, (nn.GRU if w % 2 else nn.LSTM)(c, w, batch_first=True)), w),
+    "modulation": lambda c, w, norm: (Step(modulated, nn.Linear(c, 2 * c)), c),
+    "scatter": lambda c, w, norm: (
+        Step(lambda x: torch.zeros_like(x).index_add(2, torch.arange(PLACES) // 2, x.cumsum(3))),
         c,
     ),
     "roll": lambda c, w, norm: (Step(lambda x: x.roll(1, 1)), c),
