@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.ops import roi_align, roi_pool
+from torchvision.ops import DeformConv2d, roi_align, roi_pool
 
 import nas_gate
 from nas_gate.models.cifar import ZeroPadShortcut
@@ -1288,6 +1288,18 @@ for _name, _operation in ON_IMAGES.items():
     CASES[f"images: {_name}"] = Case(partial(between, _operation), image(), {"a": 8, "b": 6})
 for _name, (_operation, _why) in MIXED.items():
     CASES[f"rows: {_name}"] = Case(partial(of_rows, _operation), rows(5, 4), {}, fixed={"a.weight:0": _why})
+
+
+@case(
+    {"a": 8, "d": 6},
+    slots={"a": {"a.weight:0": 1, "d.weight:1": 1}, "d": {"d.weight:0": 1, "d.bias:0": 1, "h.2.weight:1": 1}},
+    fixed={"p.weight:0": "torchvision.deform_conv2d in d uses it as an index"},
+)
+def deformed():
+    return Net(
+        lambda s, x: s.h(s.d(s.a(x), s.p(x)).relu()),
+        a=conv(3, 8), p=conv(3, 18), d=DeformConv2d(8, 6, 3, padding=1), h=head(6),
+    )  # fmt: skip
 
 
 @case({"w": 6}, inputs=torch.tensor([[0, 3], [2, 2]]), slots={"w": {"w.weight:1": 1, "b.weight:1": 1}})

@@ -962,12 +962,11 @@ def convolution(call: Call) -> Results:
     Grouped: the same position in every group is one unit. One input channel a group (depthwise, with or without a
     multiplier): the group is the unit.
     """
-    x, w, groups, transposed = (
-        call.value(call["input"]),
-        call.value(call["weight"]),
-        call["groups"],
-        call["transposed"],
-    )
+    return _convolved(call, call["transposed"], counted=True)
+
+
+def _convolved(call: Call, transposed: bool, counted: bool) -> Results:
+    x, w, groups = call.value(call["input"]), call.value(call["weight"]), call["groups"]
     out = call.outputs()[0]
     rank = out.dim()
     if groups > 1 and w.shape[:2] == (groups, 1) and x.shape[1] == groups and any(0 in t.dims for t in x.tracks):
@@ -1032,11 +1031,12 @@ def convolution(call: Call) -> Results:
             given = place.reshape(-1)
     size = x.shape if transposed else tuple(out.shape)
     spots = size[0] * math.prod(size[2:]) * math.prod(w.shape[2:])
-    call.price(
-        spots,
-        (w.shape[0], 0, () if first is None else (first,)),
-        (w.shape[1], 1, () if second is None or alone else (second,)),
-    )
+    if counted:
+        call.price(
+            spots,
+            (w.shape[0], 0, () if first is None else (first,)),
+            (w.shape[1], 1, () if second is None or alone else (second,)),
+        )
     shape = [1] * rank
     shape[1] = out.shape[1]
     tracks: Tracks = () if given is None else (Track(given.reshape(shape)),)
@@ -1044,6 +1044,14 @@ def convolution(call: Call) -> Results:
     if call["bias"] is not None:
         values.append(_channel(call.value(call["bias"]), rank))
     return [join(call, values)]
+
+
+def deformable(call: Call) -> Results:
+    """A convolution that reads at places which offsets say (torchvision.ops.deform_conv2d). Not counted by PyTorch."""
+    if call["offset_groups"] > 1:
+        return unknown(call)
+    _indices(call, call["input"], call["weight"], call["bias"])
+    return _convolved(call, transposed=False, counted=False)
 
 
 def _each_channel(call: Call, x: Value, w: Value, shape: tuple[int, ...]) -> Results:
@@ -1231,7 +1239,11 @@ def _table() -> dict[Any, Rule]:
 
 RULES: dict[Any, Rule] = _table()
 
-NAMED: dict[str, Rule] = {"torchvision.roi_align": regions, "torchvision.roi_pool": regions}
+NAMED: dict[str, Rule] = {
+    "torchvision.roi_align": regions,
+    "torchvision.roi_pool": regions,
+    "torchvision.deform_conv2d": deformable,
+}
 """Rules of libraries' operations, which are there only once the library has been imported, by their names."""
 
 
