@@ -98,6 +98,11 @@ def softened_divergence(logits: Tensor, wanted: Tensor, temperature: float) -> T
 
 
 def _right(logits: Tensor, targets: Tensor) -> Tensor:
+    if targets.dim() > 1:
+        raise ValueError(
+            f"Targets of a classification must be a class per example, (N,), but have shape {tuple(targets.shape)}; "
+            "for a class per pixel take task=segmentation."
+        )
     right = (logits.argmax(dim=1) == targets).sum()
     return torch.stack([right, torch.full_like(right, len(targets))])  # filled on the device, which nothing waits for
 

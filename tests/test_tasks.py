@@ -209,6 +209,10 @@ def test_a_task_of_ones_own(tmp_path: Path, values: list[str], monkeypatch: pyte
     ("overrides", "message"),
     [
         (["task=regression"], r"must fit the model's outputs \(4, 10\) and the targets \(4,\) of digits.* one shape"),
+        (
+            ["data=shapes", "model=shapes_fcn"],
+            r"\(4, 32, 32\) of shapes, but: Targets .* a class per example, \(N,\), .*take task=segmentation",
+        ),
         (["data=shapes"], r"model's outputs \(4, 4\) and the targets \(4, 32, 32\) of shapes"),
         (["+task.arguments.classes=3"], "takes no arguments"),
         (["task=custom", "task.name=test_tasks:nothing"], "has no attribute 'nothing'"),
