@@ -78,11 +78,16 @@ class Task:
 
 
 def cross_entropy(label_smoothing: float = 0.0) -> Objective:
-    """Mean cross-entropy with label smoothing: of logits (N, classes, ...) against classes (N, ...), but VOID."""
+    """Mean cross-entropy with label smoothing: of logits (N, classes, ...) against classes (N, ...), but VOID.
+
+    Where all pixels are VOID it is 0.
+    """
 
     def objective(logits: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        ignored = VOID if targets.dim() > 1 else -100  # of an image's label 255 is a class as any other
-        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing, ignore_index=ignored)
+        if targets.dim() < 2:  # an image's label 255 is a class as any other
+            return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        total = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, ignore_index=VOID, reduction="sum")
+        return total / (targets != VOID).sum().clamp(min=1)
 
     return objective
 

@@ -61,6 +61,20 @@ def test_void_pixels_have_no_loss():
     torch.testing.assert_close(loss, nn.functional.cross_entropy(flat[known], y.flatten()[known]))
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_batch_of_void_pixels_has_a_loss_of_0_and_any_other_its_mean(label_smoothing: float):
+    logits, y = torch.randn(2, 3, 4, requires_grad=True), torch.full((2, 4), VOID)
+    loss = SEGMENTATION.loss(label_smoothing)
+    void = loss(logits, logits, y)
+    void.backward()
+    assert (float(void.detach()), float(logits.grad.abs().max())) == (0.0, 0.0)
+    y[0, 1], y[1, 3] = 2, 0
+    logs = logits.detach().log_softmax(1)
+    known = ((logs[0, :, 1], logs[0, 2, 1]), (logs[1, :, 3], logs[1, 0, 3]))  # of all classes, of the right one
+    hand = sum((1 - label_smoothing) * right + label_smoothing * every.mean() for every, right in known) / -2
+    torch.testing.assert_close(loss(logits, logits, y).detach(), hand)
+
+
 def test_255_is_a_class_of_images_like_any_other():
     logits = torch.randn(2, 300)
     torch.testing.assert_close(
