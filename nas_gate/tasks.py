@@ -23,8 +23,16 @@ Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 TAKEN = (
     *("loss", "epoch", "seconds", "figures", "macs", "params", "method", "metric", "target", "achieved", "path"),
     *("task_metric", "latency_ms", "study", "trial", "seed", "knee"),
+    *("macs_ratio", "params_ratio", "max_relative_error", "train_accuracy", "test_accuracy"),
+    *("predicted_latency_ms", "dense_latency_ms", "latency_relative_error", "latency_machine"),
+    *("candidates", "hypervolume", "on_front", "on_common_front", "count"),
+    *(
+        name.format(stage)
+        for stage in ("dense", "gated", "landed", "finetuned")
+        for name in ("{}_accuracy", "{}_macs", "{}_params", "{}_predicted_latency_ms", "seconds_{}")
+    ),
 )
-"""Names that other figures of an epoch or a candidate have."""
+"""Names that other figures of an epoch, a candidate, a trial or a table of candidates have."""
 
 VOID = 255
 """The label of pixels that belong to no class: neither loss nor metric sees them (as in Pascal VOC)."""

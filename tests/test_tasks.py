@@ -133,7 +133,13 @@ def test_what_is_no_task(name: str, arguments: dict, error: type, message: str, 
 
 @pytest.mark.parametrize(
     ("name", "rule"),
-    [("loss", "none of .*'macs'"), ("macs", "none of"), ("mean iou", "an identifier"), ("", "an ident")],
+    [
+        ("loss", "none of .*'macs'"),
+        *((name, "none of") for name in ("macs", "macs_ratio", "params_ratio", "max_relative_error", "hypervolume")),
+        *((name, "none of") for name in ("test_accuracy", "candidates", "latency_relative_error", "landed_macs")),
+        ("mean iou", "an identifier"),
+        ("", "an ident"),
+    ],
 )
 def test_a_metrics_name_is_an_identifier_and_no_other_figures(name: str, rule: str):
     with pytest.raises(ValueError, match=f"must be {rule}.* but is '{name}'"):
@@ -177,6 +183,8 @@ def test_segmentation_is_searched_like_classification(tmp_path: Path):
     for loader, name in ((data.validation, "mean_iou"), (data.test, "test_mean_iou")):
         assert training.evaluate(network, loader, fabric=fabric, task=SEGMENTATION).accuracy == result[name]
     assert run(tmp_path, *overrides) == result  # finished
+    keys = {*result, *(key for entries in history.values() for key in entries[0])}
+    assert [key for key in keys if "mean_iou" not in key and key not in tasks.TAKEN] == []
     with pytest.raises(Refused, match=r"task\.name: segmentation there"):
         run(tmp_path, *overrides, "task=classification")
 
@@ -201,6 +209,7 @@ def test_less_error_is_better(tmp_path: Path, values: list[str], monkeypatch: py
     result = run(tmp_path, *values, "task=regression", "targets=[0.7,0.4]", on_epoch=moments.append)
     assert result["candidates"] == ["target-0.7", "target-0.4"]
     assert "hypervolume" not in result  # of an error there is no worst one
+    assert [key for key in result if "rmse" not in key and key not in tasks.TAKEN] == []
     assert result["rmse"] > 0
     assert result["task_metric"] == {"name": "rmse", "higher_is_better": False, "shown": ".4f"}
     history = json.loads((tmp_path / "run" / "target-0.7" / "history.json").read_text())
