@@ -118,6 +118,23 @@ def test_stratified_split_largest_remainder():
     assert torch.bincount(labels[stratified_split(labels, 0.25, 0)[1]]).tolist() == [4, 4, 2]
 
 
+def test_stratified_split_of_classes_too_small_for_an_image_each_is_shared_by_the_seed():
+    labels = torch.arange(200).repeat(5)  # half an image of each class: 100 classes hold one
+    held = [labels[stratified_split(labels, 0.1, seed)[1]] for seed in range(12)]
+    assert all(len(each) == len(each.unique()) == 100 for each in held)
+    assert torch.equal(labels[stratified_split(labels, 0.1, 3)[1]], held[3])
+    assert len(torch.cat(held).unique()) == 200  # that some class is left out by all has a chance of 200 / 2^12
+    uneven = torch.tensor([0] * 5 + [1] * 9 + [2] * 9 + [3] * 15)  # 0.5, 0.9, 0.9, 1.5
+    for seed in range(5):
+        assert torch.bincount(uneven[stratified_split(uneven, 0.1, seed)[1]], minlength=4).tolist()[1:3] == [1, 1]
+
+
+def test_stratified_split_of_classes_with_an_image_each_resolves_ties_in_their_order():
+    labels = torch.arange(4).repeat(15)  # 1.5 images of each
+    for seed in range(5):
+        assert torch.bincount(labels[stratified_split(labels, 0.1, seed)[1]]).tolist() == [2, 2, 1, 1]
+
+
 def test_stratified_split_that_holds_nothing():
     with pytest.raises(ValueError, match=r"0\.1 of 4 images in 4 classes"):
         stratified_split(torch.arange(4), 0.1, 0)

@@ -96,7 +96,8 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
     """Indices (rest, held): `share` of the images held out, of each class in proportion, chosen by `seed`.
 
     The number held is round(len(labels) * share), shared among classes by largest remainder; every class
-    keeps at least one image in rest. Both results are sorted int64.
+    keeps at least one image in rest. Of equal remainders the first classes come first; where some class's share is
+    less than one image, `seed` decides. Both results are sorted int64.
 
     Raises:
         ValueError: share outside (0, 1), or nothing would be held.
@@ -107,7 +108,10 @@ def stratified_split(labels: Tensor, share: float, seed: int) -> tuple[Tensor, T
     exact = counts.double() * share
     take = exact.floor().long()
     missing = round(len(labels) * share) - int(take.sum())
-    take[torch.argsort(take - exact, stable=True)[: max(missing, 0)]] += 1
+    order = torch.arange(len(counts))
+    if bool((take[counts > 0] == 0).any()):  # in one order for all seeds the last classes would never be held
+        order = torch.randperm(len(counts), generator=generator("ties", seed))
+    take[order[torch.argsort((take - exact)[order], stable=True)][: max(missing, 0)]] += 1
     take = take.minimum(counts - 1).clamp(min=0)
     if not take.any():
         raise ValueError(
