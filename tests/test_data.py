@@ -473,6 +473,13 @@ def test_npz_floating_channels_first(tmp_path, dtype):
     torch.testing.assert_close(read_back(d), torch.from_numpy(x["x_test"].astype(np.float32)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3, 6, 8), (5, 6, 5), (3, 3, 3), (1, 8, 4), (2, 6, 3), (6, 6, 6), (8, 6, 5)])
+def test_npz_floating_images_of_any_form_with_channels_first(tmp_path, shape):
+    x = {"x_train": np.zeros((40, *shape), F32), "x_test": np.zeros((8, *shape), F32)}
+    d = load("npz", path=str(saved(tmp_path, **x)), batch_size=6)
+    assert (d.in_channels, *d.image_size) == shape
+
+
 def test_npz_with_a_class_per_pixel(tmp_path):
     y = {key: np.arange(n * 30).reshape(n, 6, 5) % 3 for key, n in (("y_train", 40), ("y_test", 8))}
     y["y_train"][0, 0, 0] = y["y_test"][0, 0, 0] = 255  # of no class
@@ -550,7 +557,10 @@ F32 = np.float32
             r"x_train must be uint8 .* but got float32 of shape \(40, 6, 5\)",
         ),
         ({"x_train": np.zeros((40, 3, 6, 5), np.uint8)}, "N x H x W x C with fewer channels"),
-        ({"x_train": np.zeros((40, 6, 6, 3), F32)}, "channels first"),
+        *(
+            ({"x_train": np.zeros(shape, F32)}, r"channels first, .*N x H x W x C, x\.transpose\(0, 3, 1, 2\)")
+            for shape in ((40, 6, 6, 3), (40, 6, 8, 3), (40, 8, 6, 4), (40, 6, 6, 5), (40, 6, 8, 1))
+        ),
         ({"x_train": np.full((40, 3, 6, 5), np.nan, F32)}, "images in x_train must be finite"),
         ({"x_test": np.zeros((8, 6, 6, 3), np.uint8)}, "must agree in image shape and type"),
         ({"x_test": np.zeros((8, 3, 6, 5), F32)}, "must agree in image shape and type"),

@@ -257,8 +257,13 @@ def _images(file: Path, key: str, x: "np.ndarray[Any, Any]") -> Tensor:
             )
         return _channels_first(torch.from_numpy(x)).contiguous()
     if x.dtype.kind == "f" and x.ndim == 4 and 0 not in x.shape:
-        if x.shape[1] == x.shape[2] > x.shape[3] and x.shape[3] in (1, 3, 4):
-            raise ValueError(f"{file}: floating images in {key} must be N x C x H x W, channels first, {got}")
+        # With channels last this would be read as narrow images of many channels.
+        _, height, width, channels = x.shape
+        if height == width > channels or (channels <= 4 and channels < min(height, width)):
+            raise ValueError(
+                f"{file}: floating images in {key} must be N x C x H x W, channels first, {got} Where it is "
+                "N x H x W x C, x.transpose(0, 3, 1, 2) puts them first."
+            )
         if not np.isfinite(x).all():
             raise ValueError(f"{file}: images in {key} must be finite, but some values are not.")
         return torch.from_numpy(x.astype(np.float32))
