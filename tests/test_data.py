@@ -491,6 +491,28 @@ def test_npz_with_a_class_per_pixel(tmp_path):
     assert load("npz", path=str(tmp_path / "set.npz"), batch_size=6, augment={"cutout": 2}).train.augment.cutout == 2
 
 
+@pytest.mark.parametrize(("highest", "dtype"), [(254, torch.uint8), (300, torch.int64)])
+def test_masks_are_held_small_and_given_as_int64(tmp_path, highest, dtype):
+    y = {key: np.arange(n * 30).reshape(n, 6, 5) % 200 for key, n in (("y_train", 40), ("y_test", 8))}
+    y["y_train"][3, 2, 1], y["y_test"][0, 0, 0] = highest, 255
+    d = load("npz", path=str(saved(tmp_path, **y)), batch_size=6, num_classes=301, augment={"cutout": 2})
+    assert (d.train.y.dtype, d.test.y.dtype) == (dtype, torch.uint8)
+    for loader in (d.train, d.validation, d.test):
+        assert {batch.dtype for _, batch in loader} == {torch.int64}
+    assert torch.equal(torch.cat([batch for _, batch in d.test]), torch.from_numpy(y["y_test"]))
+    held = torch.cat([batch for _, batch in d.train] + [batch for _, batch in d.validation])
+    assert held.max() == highest
+    with pytest.raises(ValueError, match=f"labels in y_train must be in 0 .. 199, but one is {highest}"):
+        load("npz", path=str(tmp_path / "set.npz"), num_classes=200)
+
+
+def test_fingerprints_are_of_the_values_of_masks_however_they_are_held():
+    mask = torch.arange(600 * 6).view(600, 2, 3) % 256
+    assert data.catalog._fingerprint("", mask.to(torch.uint8)) == data.catalog._fingerprint("", mask)
+    images = torch.zeros(2, 1, 2, 3, dtype=torch.uint8)
+    assert data.catalog._fingerprint("", images) != data.catalog._fingerprint("", images.long())
+
+
 def test_npz_with_values(tmp_path):
     y = {key: np.random.default_rng(0).normal(size=(n, 2)) for key, n in (("y_train", 40), ("y_test", 8))}
     d = load("npz", path=str(saved(tmp_path, **y)), batch_size=6)

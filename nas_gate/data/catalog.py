@@ -171,8 +171,11 @@ def _fingerprint(key: object, *contents: bytes | Tensor) -> str:
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8)
     for content in contents:
         if isinstance(content, Tensor):
-            digest.update(f"{content.dtype}{tuple(content.shape)}".encode())
-            digest.update(content.contiguous().numpy().data)
+            # masks as the int64 that batches give, in pieces, for that takes eight times as much memory
+            kind = torch.int64 if content.dtype == torch.uint8 and content.dim() == 3 else content.dtype
+            digest.update(f"{kind}{tuple(content.shape)}".encode())
+            for piece in torch.split(content, 256):
+                digest.update(piece.to(kind).contiguous().numpy().data)
         else:
             digest.update(content)
     return digest.hexdigest()

@@ -17,8 +17,8 @@ Device: TypeAlias = torch.device | str
 class Loader(Protocol):
     """What training needs of a data set's part.
 
-    Iterating gives (x, y): x float32 N x C x H x W, normalised; y the targets, N x ..., as they are; both on the
-    loader's device.
+    Iterating gives (x, y): x float32 N x C x H x W, normalised; y the targets, N x ..., classes int64, others as they
+    are; both on the loader's device.
     An epoch repeats exactly for the same `set_epoch`, whatever the global random state.
     """
 
@@ -50,12 +50,17 @@ def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (x.float() - mean[:, None, None]) / std[:, None, None]
 
 
+def given(y: Tensor) -> Tensor:
+    """Targets as batches give them: masks, which are held as uint8, as int64."""
+    return y.long() if y.dtype == torch.uint8 else y
+
+
 class TensorLoader:
     """Batches of a set that lies in memory, augmented on its device.
 
     Args:
         x: N x C x H x W, uint8 or floating.
-        y: N x ..., the targets: int64 classes, of images (N) or pixels (N x H x W), or floating.
+        y: N x ..., the targets: classes, int64 or uint8, of images (N) or pixels (N x H x W), or floating.
         batch_size: images per step, over all ranks.
         mean: per channel, in the units of x.
         std: per channel, in the units of x.
@@ -117,14 +122,14 @@ class TensorLoader:
         batches = torch.split(order, [len(batch) for batch in on_cpu])
         if self.augment is None:
             for index in batches:
-                yield normalise(self.x[index], self.mean, self.std), self.y[index]
+                yield normalise(self.x[index], self.mean, self.std), given(self.y[index])
             return
         # Drawn for the whole set, by image: shards and batch sizes see the same augmented images.
         rng = generator("augment", self.schedule.seed, epoch)
         choices = self.augment.draw(len(self.x), self.image_size, rng).to(self.device)
         for index in batches:
             x = normalise(self.augment.move(self.x[index], choices, index), self.mean, self.std)
-            yield self.augment.hide(x, choices, index), self.y[index]
+            yield self.augment.hide(x, choices, index), given(self.y[index])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, >= 0, that the next iteration gives."""

@@ -26,8 +26,8 @@ ROOT_VARIABLE = "NAS_GATE_DATA"
 class Arrays:
     """A set in memory: x uint8 or float32 N x C x H x W; y the targets of the images.
 
-    y is int64 with classes 0 .. num_classes - 1, of images (N) or of pixels (N x H x W, VOID where there is none), or
-    float32 N x anything, and `num_classes` None.
+    y has classes 0 .. num_classes - 1, of images (int64, N) or of pixels (N x H x W, VOID where there is none; uint8
+    where all fit, else int64), or is float32 N x anything, and `num_classes` None.
     """
 
     x_train: Tensor
@@ -80,7 +80,8 @@ def digits(root: Path | None, download: bool) -> Arrays:
 
 def shapes(root: Path | None, download: bool) -> Arrays:
     """Pictures of shapes with a class per pixel, drawn here: root is not used."""
-    return Arrays(*draw(512, "train"), *draw(128, "test"), len(CLASSES))
+    (x_train, y_train), (x_test, y_test) = draw(512, "train"), draw(128, "test")
+    return Arrays(x_train, y_train.to(torch.uint8), x_test, y_test.to(torch.uint8), len(CLASSES))
 
 
 def torchvision_set(dataset: str, num_classes: int) -> Callable[[Path | None, bool], Arrays]:
@@ -142,7 +143,7 @@ def npz(root: Path | None, download: bool, path: str | None = None, num_classes:
             f"{file}: x_train and x_test must agree in image shape and type, but got (channels first) "
             f"{tuple(x_train.shape[1:])} {x_train.dtype} and {tuple(x_test.shape[1:])} {x_test.dtype}."
         )
-    if y_train.shape[1:] != y_test.shape[1:] or y_train.dtype != y_test.dtype:
+    if y_train.shape[1:] != y_test.shape[1:] or y_train.is_floating_point() != y_test.is_floating_point():
         raise ValueError(
             f"{file}: y_train and y_test must agree in shape and kind, but got "
             f"{tuple(y_train.shape[1:])} {y_train.dtype} and {tuple(y_test.shape[1:])} {y_test.dtype}."
@@ -172,8 +173,15 @@ def npz(root: Path | None, download: bool, path: str | None = None, num_classes:
 
 def _classes(y: Tensor) -> Tensor:
     """The different labels of images or pixels, in order."""
-    present: Tensor = torch.unique(y)
-    return present[present != VOID] if y.dim() > 1 else present
+    present: Tensor
+    if y.dim() == 1:
+        present = torch.unique(y)
+        return present
+    if y.dtype == torch.uint8:  # counted: sorting all pixels takes long
+        present = torch.bincount(y.flatten(), minlength=VOID + 1).nonzero().flatten()
+    else:
+        present = torch.unique(torch.cat([torch.unique(mask) for mask in y]))
+    return present[present != VOID]
 
 
 def _refuse_download(name: str, download: bool) -> None:
@@ -198,7 +206,7 @@ def _find_npz(root: Path | None, path: str | None) -> Path:
 
 
 def _npz_part(file: Path, part: str) -> tuple[Tensor, Tensor]:
-    """Images (uint8 or float32, N x C x H x W) and targets (int64 or float32, see `Arrays`) of "train" or "test"."""
+    """Images (uint8 or float32, N x C x H x W) and targets (see `Arrays`) of "train" or "test"."""
     x, y = _npz_array(file, f"x_{part}"), _npz_array(file, f"y_{part}")
     whole = y.dtype.kind in "iu"
     if not (whole and y.ndim in (1, 3)) and not (y.dtype.kind == "f" and y.ndim > 0):
@@ -222,7 +230,8 @@ def _npz_part(file: Path, part: str) -> tuple[Tensor, Tensor]:
             f"{file}: y_{part} must have the height and width of the images, {tuple(images.shape[2:])}, but has "
             f"{y.shape[1:]}."
         )
-    return images, torch.from_numpy(y.astype(np.int64))
+    small = y.ndim == 3 and y.max() <= VOID
+    return images, torch.from_numpy(y.astype(np.uint8 if small else np.int64))
 
 
 def _npz_array(file: Path, key: str) -> "np.ndarray[Any, Any]":
