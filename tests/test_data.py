@@ -763,6 +763,45 @@ def test_image_folder_evaluation_pixels(images):
     torch.testing.assert_close(x[0], (raw - mean[:, None, None]) / std[:, None, None], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "I;16"), ("tif", "I;16"), ("tif", "I;16B")])
+def test_grey_images_of_16_bits_are_scaled_to_8(tmp_path, suffix, mode):
+    from PIL import Image
+
+    values = np.array([[0, 128, 129, 257], [1000, 32767, 65406, 65535]], np.uint16)
+    file = tmp_path / f"deep.{suffix}"
+    order = values.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
+    Image.frombytes(mode, (4, 2), order).save(file)
+    with Image.open(file) as image:
+        assert image.mode == mode
+    pixels = np.asarray(data.sources.read_image(str(file)))
+    assert pixels.shape == (2, 4, 3)
+    assert pixels[..., 0].tolist() == [[0, 0, 1, 1], [4, 127, 254, 255]]  # 65406 / 257 is 254.498
+    assert (pixels == pixels[..., :1]).all()
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_of_32_bits_are_refused(images, mode):
+    from PIL import Image
+
+    for file in (images / "val" / "cat").iterdir():
+        file.unlink()
+    file = images / "val" / "cat" / "deep.tif"
+    Image.new(mode, (20, 24), 3).save(file)
+    with pytest.raises(ValueError, match=f"{file}: .*8 bits a channel.*has mode {mode}"):
+        list(load_images(images).test)
+
+
+def test_images_of_8_bits_are_read_as_torchvision_reads_them(tmp_path):
+    from PIL import Image
+    from torchvision.datasets.folder import default_loader
+
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 4), dtype=np.uint8)
+    for mode in ("L", "LA", "RGB", "RGBA", "1"):
+        file = str(tmp_path / f"{mode}.png")
+        Image.fromarray(pixels).convert(mode).save(file)
+        assert np.array_equal(data.sources.read_image(file), default_loader(file))
+
+
 def test_image_folder_is_resumable_and_leaves_the_global_generator_alone(images):
     before = torch.get_rng_state()
     epochs = [epoch_of(load_images(images).train, e) for e in range(2)]

@@ -309,6 +309,24 @@ def imagenet(root: Path | None, download: bool) -> Folders:
         raise missing("imagenet", f"torchvision finds no intact set in {folder}: {error}") from error
 
 
+def read_image(path: str) -> Any:
+    """The RGB image, 8 bits a channel, in a file; ValueError where its pixels have no range that these bits stand for.
+
+    Pillow cuts off what exceeds 8 bits of grey: 16 bits are scaled here.
+    """
+    from PIL import Image
+
+    with Path(path).open("rb") as file, Image.open(file) as image:
+        if image.mode.startswith("I;16"):
+            values = np.asarray(image).astype(np.uint32)
+            return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError(
+                f"{path}: images must have 8 bits a channel, or 16 bits of grey, but this one has mode {image.mode}."
+            )
+        return image.convert("RGB")
+
+
 def _folders(train: Any, test: Any) -> Folders:
     if train.classes != test.classes:
         differ = sorted(set(map(str, train.classes)) ^ set(map(str, test.classes)))
@@ -316,4 +334,4 @@ def _folders(train: Any, test: Any) -> Folders:
             f"The class folders of {train.root} and {test.root} must be the same, "
             f"but these are in one only: {', '.join(differ)}."
         )
-    return Folders(train.samples, test.samples, train.loader, len(train.classes))
+    return Folders(train.samples, test.samples, read_image, len(train.classes))
