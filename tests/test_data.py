@@ -787,7 +787,7 @@ def test_images_of_32_bits_are_refused(images, mode):
         file.unlink()
     file = images / "val" / "cat" / "deep.tif"
     Image.new(mode, (20, 24), 3).save(file)
-    with pytest.raises(ValueError, match=f"{file}: .*8 bits a channel.*has mode {mode}"):
+    with pytest.raises(ValueError, match=f"{file}: this image .*8 bits a channel.*its mode is {mode}"):
         list(load_images(images).test)
 
 
@@ -818,6 +818,23 @@ def test_image_folder_workers_change_nothing(images):
     assert same(epoch_of(helped.train, 3), epoch_of(alone.train, 3))
     assert same(list(helped.test), list(alone.test))
     assert helped.fingerprint == alone.fingerprint
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"no image", lambda b: b[:40] + b"x" + b[41:]])
+def test_a_broken_image_is_named(images, workers, spoil):
+    file = images / "val" / "dog" / "1.png"
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(ValueError, match=f"{file}: this image cannot be read: "):
+        list(load_images(images, workers=workers).test)
+
+
+def test_an_image_that_is_gone_is_named(images):
+    loader = load_images(images).test
+    (images / "val" / "dog" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"dog/1\.png: this image cannot be read: "):
+        list(loader)
 
 
 def test_image_folder_augmentation(images):

@@ -166,7 +166,10 @@ class _Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        image = self.read(path)
+        try:
+            image = self.read(path)
+        except Exception as error:  # whatever a reader raises: a worker hands on what one string makes
+            raise ValueError(f"{path}: this image cannot be read: {error}") from error
         # torchvision's transforms know only the global generator: seed it for this image, then put it back.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_from("image", *self.seed, index))
@@ -178,7 +181,7 @@ class StreamLoader:
 
     Args:
         samples: (path, label) per image.
-        read: path -> image.
+        read: path -> image; what it raises becomes a ValueError that names the path.
         transform: image -> uint8 C x H x W, all of one size.
         batch_size: images per step, over all ranks.
         mean: per channel, in units of 0 to 255.

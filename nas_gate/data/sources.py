@@ -310,7 +310,7 @@ def imagenet(root: Path | None, download: bool) -> Folders:
 
 
 def read_image(path: str) -> Any:
-    """The RGB image, 8 bits a channel, in a file; ValueError where its pixels have no range that these bits stand for.
+    """The RGB image, 8 bits a channel, in a file; ValueError where its pixels have no range that 8 bits stand for.
 
     Pillow cuts off what exceeds 8 bits of grey: 16 bits are scaled here.
     """
@@ -321,9 +321,7 @@ def read_image(path: str) -> Any:
             values = np.asarray(image).astype(np.uint32)
             return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
         if image.mode in ("I", "F"):
-            raise ValueError(
-                f"{path}: images must have 8 bits a channel, or 16 bits of grey, but this one has mode {image.mode}."
-            )
+            raise ValueError(f"images must have 8 bits a channel, or 16 bits of grey, but its mode is {image.mode}.")
         return image.convert("RGB")
 
 
