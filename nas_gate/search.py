@@ -145,7 +145,8 @@ def search(
 
     A folder that holds an interrupted run of the same settings is continued; where data lie may differ, and settings
     that are, or lie in, one of `may_differ`, as "hardware". What files hold that settings name (the code of a model or
-    task of one's own, weights, data) must be the same; of a finished run data are not looked at again.
+    task of one's own, weights, data: of image files names, labels and sizes) must be the same; of a finished run data
+    are not looked at again.
 
     Raises Refused before any training, Diverged when a loss becomes NaN or infinite.
     """

@@ -1,4 +1,5 @@
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -818,6 +819,24 @@ def test_image_folder_workers_change_nothing(images):
     assert same(epoch_of(helped.train, 3), epoch_of(alone.train, 3))
     assert same(list(helped.test), list(alone.test))
     assert helped.fingerprint == alone.fingerprint
+
+
+def test_image_folder_fingerprint_sees_sizes_but_not_where_the_set_lies(images, tmp_path):
+    base = load_images(images).fingerprint
+    elsewhere = tmp_path / "elsewhere"
+    for part in ("train", "val"):
+        shutil.copytree(images / part, elsewhere / part)
+    assert load_images(elsewhere).fingerprint == base
+    file = elsewhere / "val" / "dog" / "1.png"
+    file.write_bytes(file.read_bytes() + b"0")
+    assert load_images(elsewhere).fingerprint != base
+
+
+def test_empty_image_files_are_refused_before_any_is_read(images):
+    file = images / "val" / "dog" / "1.png"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{file}: an image file must not be empty"):
+        load_images(images)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

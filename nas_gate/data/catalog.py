@@ -39,7 +39,7 @@ class Data:
         name: as in `NAMES`.
         sizes: images in "train", "validation" and "test".
         fingerprint: 16 hex digits that change with anything that the batches depend on: contents (of streamed
-            sets: file names and labels), split, seed, batch size, augmentation.
+            sets: files' names, labels and sizes, not their pixels), split, seed, batch size, augmentation.
     """
 
     train: Loader
@@ -233,6 +233,20 @@ def _transforms(
     return image_size, v2.Compose([part, mirror, v2.PILToTensor()]), plain
 
 
+def _listing(samples: Sequence[tuple[str, int]]) -> list[tuple[str, int, int]]:
+    """Name, label and size in bytes of files; ValueError naming one that is empty.
+
+    Names are without their root: a set that moved is the same set.
+    """
+    listing = []
+    for path, label in samples:
+        size = os.stat(path).st_size
+        if size == 0:
+            raise ValueError(f"{path}: an image file must not be empty, but this one has 0 bytes.")
+        listing.append(("/".join(Path(path).parts[-2:]), label, size))
+    return listing
+
+
 def _streamed(
     name: str,
     folders: Folders,
@@ -244,6 +258,7 @@ def _streamed(
     workers: int,
 ) -> Data:
     side, augmented, plain = transforms
+    listing = _listing([*folders.train, *folders.test])
     rest, held = stratified_split(torch.tensor([label for _, label in folders.train]), validation, seed)
     read = folders.read
     every: dict[str, Any] = {
@@ -253,8 +268,6 @@ def _streamed(
         "workers": workers,
     }
     train = [folders.train[i] for i in rest.tolist()]
-    # File names without their root: a set that moved is the same set.
-    listing = [("/".join(Path(path).parts[-2:]), label) for path, label in [*folders.train, *folders.test]]
     return Data(
         train=StreamLoader(train, read, augmented, **every, shuffle=True, seed=seed, drop_last=True),
         validation=StreamLoader([folders.train[i] for i in held.tolist()], read, plain, **every),
