@@ -120,11 +120,18 @@ def load(
     if unknown := sorted(arguments.keys() - set(takes)):
         raise ValueError(f"{name} takes no argument {unknown[0]!r}; its own are: {', '.join(takes) or 'none'}.")
     # Checked again where they are used, but reading the data may take minutes.
-    if not 0 < validation < 1:
-        raise ValueError(f"`0 < validation < 1` must hold, but got {validation}.")
+    if isinstance(validation, bool) or not isinstance(validation, (int, float)) or not 0 < validation < 1:
+        raise ValueError(f"`0 < validation < 1` must hold, but got {validation!r}.")
     for key, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("seed", seed, 0)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"`{key}` must be a whole number >= {least}, but got {value!r}.")
+        _check_whole(key, value, least)
+    for key in ("image_size", "resize", "num_classes"):
+        if arguments.get(key) is not None:
+            _check_whole(key, arguments[key], 1)
+    if not isinstance(download, bool):
+        raise ValueError(f"`download` must be true or false, but got {download!r}.")
+    for key, place in (("root", root), ("path", arguments.get("path"))):
+        if place is not None and not isinstance(place, (str, os.PathLike)):
+            raise ValueError(f"`{key}` must be the name of a file or folder, but got {place!r}.")
     chosen = _chosen_augment(name, source.augment, augment)
 
     root = root or os.environ.get(sources.ROOT_VARIABLE) or None
@@ -139,6 +146,11 @@ def load(
     if isinstance(content, Arrays):
         return _in_memory(name, content, settings, batch_size, validation, seed, chosen)
     return _streamed(name, content, settings, batch_size, validation, seed, transforms, workers)
+
+
+def _check_whole(key: str, value: object, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"`{key}` must be a whole number >= {least}, but got {value!r}.")
 
 
 def _chosen_augment(name: str, default: AnyAugment, wanted: str | Mapping[str, Any] | None) -> AnyAugment | None:
@@ -222,8 +234,8 @@ def _transforms(
     from torchvision.transforms import v2
 
     resize = image_size * 8 // 7 if resize is None else resize
-    if image_size < 1 or resize < image_size:
-        raise ValueError(f"`1 <= image_size <= resize` must hold, but got image_size={image_size}, resize={resize}.")
+    if resize < image_size:
+        raise ValueError(f"`image_size <= resize` must hold, but got image_size={image_size}, resize={resize}.")
     plain = v2.Compose([v2.Resize(resize), v2.CenterCrop(image_size), v2.PILToTensor()])
     if augment is None:
         return image_size, plain, plain
