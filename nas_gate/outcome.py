@@ -119,10 +119,12 @@ def announce_leg(settings: Settings, leg: Leg, console: Console) -> None:
     """Say which epochs of the cycle lead to the next of several targets."""
     legs = settings.legs()
     gated = f"gated epochs {leg.begin + 1} to {leg.end}, " if leg.end > leg.begin else ""
+    last = settings.cycle.epochs
+    tuned = f"fine-tuning over epochs {leg.end + 1} to {last} of the cycle" if last > leg.end else "no fine-tuning"
     _print(
         console,
-        f"target {leg.target} ({legs.index(leg) + 1} of {len(legs)}): {gated}fine-tuning over epochs {leg.end + 1} to "
-        f"{settings.cycle.epochs} of the cycle; {settings.epochs()} epochs for all targets",
+        f"target {leg.target} ({legs.index(leg) + 1} of {len(legs)}): {gated}{tuned}; {settings.epochs()} epochs for "
+        "all targets",
     )
 
 

@@ -96,9 +96,10 @@ class Settings:
     kept units are multiples of `round_to` where they can be. `dense` trains the network with all units, `cycle` the
     gated and then the small one; the first `gating.epochs` of the cycle are the gated ones. `method` is one of
     METHODS; those without gates cut the dense network and train the small one over the whole cycle: as many epochs, on
-    the same schedule. With `test`, a candidate's accuracy on the test set is measured, once, at its last epoch. With
-    `depth`, residual branches are units, too. `task` says what is learned and measured (see `nas_gate.tasks`). The
-    dense network begins with the weights in the file `weights`, where there is one (see `models.load_weights`).
+    the same schedule, or none where `cycle.epochs` is 0. With `test`, a candidate's accuracy on the test set is
+    measured, once, at its last epoch. With `depth`, residual branches are units, too. `task` says what is learned and
+    measured (see `nas_gate.tasks`). The dense network begins with the weights in the file `weights`, where there is one
+    (see `models.load_weights`).
     """
 
     model: Named
@@ -131,11 +132,12 @@ class Settings:
             check_budgets(target, self.metric, self.limits)
         require(self.round_to >= 1, "`round_to >= 1` must hold", self.round_to)
         require(self.seed >= 0, "`seed >= 0` must hold", self.seed)
-        require(
-            self.gating.epochs <= self.cycle.epochs,
-            f"`gating.epochs <= cycle.epochs` must hold with cycle.epochs={self.cycle.epochs}",
-            self.gating.epochs,
-        )
+        if self.method == "gates":
+            require(
+                self.gating.epochs <= self.cycle.epochs,
+                f"`gating.epochs <= cycle.epochs` must hold with cycle.epochs={self.cycle.epochs}",
+                self.gating.epochs,
+            )
 
     @property
     def wanted(self) -> tuple[float, ...]:

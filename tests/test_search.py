@@ -391,6 +391,26 @@ def test_a_target_of_1_trains_the_dense_network_over_the_whole_cycle(
     assert len(history["finetuned"]) == TINY.cycle.epochs
 
 
+@pytest.mark.parametrize("targets", [None, (0.7, 0.4)])
+def test_a_baseline_may_cut_without_training_afterwards(
+    whole: tuple[Path, dict[str, Any], str], tmp_path: Path, targets: tuple[float, ...] | None
+):
+    folder, gates, _ = whole
+    settings = replace(TINY, method="l1", cycle=replace(RECIPE, epochs=0), targets=targets, target=0.5)
+    text = io.StringIO()
+    result = search.search(
+        settings, tmp_path / "run", cache_dir=folder / "dense", console=Console(file=text, width=150)
+    )
+    assert result["dense_accuracy"] == gates["dense_accuracy"]
+    assert result["accuracy"] == result["finetuned_accuracy"] == result["landed_accuracy"]
+    assert (result["seconds_finetuned"], result["macs_ratio"] <= settings.wanted[-1]) == (0, True)
+    validation, fabric = data.load("digits", batch_size=256).validation, training.connect(TINY.hardware)
+    network = nas_gate.load(result["path"])
+    assert training.evaluate(network, validation, fabric=fabric).accuracy == result["accuracy"]
+    assert ("target 0.4 (2 of 2): no fine-tuning; 0 epochs for all targets" in text.getvalue()) == (targets is not None)
+    assert len(collect([tmp_path / "run"]).table) == len(settings.wanted)
+
+
 def test_the_hook_sees_every_epoch_once_and_may_end_the_trial(whole: tuple[Path, dict[str, Any], str], tmp_path: Path):
     folder, result, _ = whole
     moments: list[search.Moment] = []
@@ -578,6 +598,7 @@ def changed(**change: Any) -> Settings:
         (lambda: changed(latency=search.Timing(threads=0)), r"latency\.threads >= 1"),
         (lambda: changed(seed=-1), "seed >= 0"),
         (lambda: changed(gating=Gating(epochs=5)), r"gating.epochs <= cycle.epochs.*=4.* got 5"),
+        (lambda: changed(cycle=replace(RECIPE, epochs=0)), r"gating.epochs <= cycle.epochs.*=0.* got 2"),
         (lambda: changed(gating=Gating(epochs=1, descent=2.0)), "descent <= 1"),
         (lambda: changed(gating=Gating(epochs=1, spread=2.1)), "0 <= gating.spread <= 2"),
         (lambda: changed(distillation=search.Distillation(temperature=0.0)), "temperature > 0"),
