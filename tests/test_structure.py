@@ -1062,9 +1062,18 @@ def weight_norm():
     return Net(lambda s, x: s.h(s.b(s.a(x))), a=conv(3, 8), b=parametrizations.weight_norm(conv(8, 6)), h=head(6))
 
 
-@case({"b": 6}, fixed={"a.parametrizations.weight.original:0": "aten.vdot in a.parametrizations.weight.0 has no rule"})
+@case(
+    {"a": 8, "b": 6},
+    slots={"a": {"a.parametrizations.weight.original:0": 1, "a.parametrizations.weight.0._u:0": 1, "b.weight:1": 1}},
+)
 def spectral_norm():
+    """Miyato et al., arXiv 1802.05957: by the largest singular value of what is left."""
     return Net(lambda s, x: s.h(s.b(s.a(x))), a=parametrizations.spectral_norm(conv(3, 8)), b=conv(8, 6), h=head(6))
+
+
+@case({"b": 6}, fixed={"a.weight:0": "has it as the extent of its kernel"})
+def spectral_norm_of_what_enters():
+    return Net(lambda s, x: s.h(s.b(s.a(x))), a=conv(3, 8), b=parametrizations.spectral_norm(conv(8, 6)), h=head(6))
 
 
 @case({"a": 8, "w": 6}, slots={"a": {"w:1": 1}, "w": {"w:0": 1}})

@@ -901,7 +901,10 @@ def mm(call: Call) -> Results:
 
 def vector_product(call: Call) -> Results:
     """A matrix, or a vector, times a vector (mv, dot)."""
-    a, b = call.value(call["self"]), call.value(call.arguments.get("vec", call.arguments.get("tensor")))
+    a, b = (
+        call.value(call["self"]),
+        call.value(next(call.arguments[n] for n in ("vec", "tensor", "other") if n in call.arguments)),
+    )
     column = Value((*b.shape, 1), tuple(Track(t.labels.unsqueeze(-1), t.weight) for t in b.tracks), b.why)
     if len(a.shape) == 2:
         product = matrix_product(call, a, column, counted=False)
@@ -1230,7 +1233,7 @@ def _table() -> dict[Any, Rule]:
     add(weight_norm, "_weight_norm_interface")
     add(embedding, "embedding")
     add(mm, "mm", "bmm")
-    add(vector_product, "mv", "dot")
+    add(vector_product, "mv", "dot", "vdot")
     add(addmm, "addmm", "baddbmm")
     add(linear, "linear")
     add(convolution, "convolution")

@@ -451,7 +451,7 @@ def _structure(
                 gates.append(Slots(labelled.name, labelled.dim, gate))
         causes, each = np.unique(reason[span], return_counts=True)
         for cause, count in zip(causes.tolist(), each.tolist()):
-            if cause >= 0 and not texts[cause].endswith(KERNEL):
+            if cause >= 0 and not (labelled.dim > 1 and texts[cause].endswith(KERNEL)):
                 fixed.append(Fixed(labelled.name, labelled.dim, count, labelled.size, texts[cause]))
     wide = {labelled.name for labelled in findings.slots if labelled.dim > 1}
     lone = {(name, 1, 1) for name in findings.standardized if name not in wide}
