@@ -299,8 +299,12 @@ def errors(network: Network, exported: Network, shape: tuple[int, ...]) -> tuple
 
 
 def _publish(staged: Path, output: Path) -> None:
-    """Rename all staged files into `output`, the card last: what it describes is there."""
+    """Rename all staged files into `output`, the card last: what it describes is there, and no file of another one."""
     output.mkdir(exist_ok=True)
+    for form in FORMATS.values():
+        for name in (form.file, f"{form.file}.data"):
+            if not (staged / name).exists():
+                (output / name).unlink(missing_ok=True)
     for path in sorted(staged.iterdir(), key=lambda path: path.name == CARD):
         with path.open("rb") as file:
             os.fsync(file.fileno())

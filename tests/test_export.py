@@ -89,6 +89,16 @@ def two(latency: Latency) -> tuple[Any, ...]:
 # --- the files ----------------------------------------------------------------------------------------------
 
 
+def test_files_of_an_earlier_export_do_not_stay_beside_the_new_card(digits: Path, tmp_path: Path):
+    """The card would not describe them. What else lies there is not ours."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for name in ("model.onnx", "model.onnx.data", "notes.txt"):
+        (folder / name).write_text("earlier")
+    export(digits, ["pt2"], output=folder, measure=False)
+    assert sorted(path.name for path in folder.iterdir()) == [CARD, "model.pt2", "notes.txt"]
+
+
 @needs_onnx
 @pytest.mark.parametrize("name", ["digits_cnn", "resnet20"])
 def test_files_compute_what_the_candidate_does_at_any_batch_size(
