@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from nas_gate.removal import (
     check,
     cut_of,
     remove_units,
+    smaller,
     try_cut,
 )
 from nas_gate.structure import (
@@ -87,7 +88,7 @@ def analyze(
             if error is not None:
                 break
         else:
-            return structure
+            return _with_least(model, structure, args, kwargs)
         if groups[0].kind == CHOICE:
             raise ValueError(f"a Choice must be removable, but with {groups[0].name} chosen {error}")
         path, blamed = _around(groups, error.path)
@@ -98,6 +99,41 @@ def analyze(
                 (group, f"{error} (and so in every {type(model.get_submodule(path)).__name__})") for group in alike
             ]
         refused += [(structure.labels[g.start : g.stop], reason) for g, reason in culprits]
+
+
+def _with_least(model: nn.Module, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
+    """The structure, in which every group keeps as many units as the code of the modules needs to run.
+
+    It may divide by a number that it computes from a width, as that of a head's features. Where no single group mends
+    that, all stays as it is: removal says so.
+    """
+
+    def error_of(structure: Structure) -> RemovalError | None:
+        try:
+            smaller(model, structure, structure.thinnest(), args, kwargs)
+        except RemovalError as error:
+            return error
+        return None
+
+    def mends(structure: Structure, error: RemovalError) -> bool:
+        other = error_of(structure)
+        return other is None or other.path != error.path
+
+    while (error := error_of(structure)) is not None and error.path:
+        _, blamed = _around([g for g in structure.groups if g.kind == WIDTH], error.path)
+        group = next((g for g in blamed if mends(_leaving(structure, g, g.size), error)), None)
+        if group is None or group.least == group.size:
+            break
+        least = group.least
+        while least < group.size and not mends(_leaving(structure, group, least), error):
+            least = min(2 * least, group.size)
+        structure = _leaving(structure, group, least)
+    return structure
+
+
+def _leaving(structure: Structure, group: Group, least: int) -> Structure:
+    """The structure with another least number of units for a group."""
+    return replace(structure, groups=tuple(replace(g, least=least) if g == group else g for g in structure.groups))
 
 
 def _readable(

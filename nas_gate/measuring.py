@@ -26,7 +26,6 @@ from nas_gate.latency import machine, processor, take_turns, thread_count
 from nas_gate.latency_table import Grid, LatencyTable, Operation, from_json, grid_from, to_json
 from nas_gate.operations import Progress, Sized, read, run_all
 from nas_gate.removal import smaller
-from nas_gate.structure import Structure
 from nas_gate.structure.trace import mode_of
 
 # How long one operation at one point is measured: after a warm-up, for so many milliseconds, but at least so often.
@@ -73,7 +72,7 @@ def measure_latency(
     sized = read(model, structure, args, kwargs, progress)
     names = [each.name() for each in sized]
     left = {name: each for name, each in zip(names, sized) if name not in grids}
-    networks = [model, smaller(model, structure, _thinnest(structure), args, kwargs)[0]]
+    networks = [model, smaller(model, structure, structure.thinnest(), args, kwargs)[0]]
     whole = [partial(network, *args, **kwargs) for network in networks]
     # between the operations, so that a moment at which the machine is busy meets neither all rounds nor these alone
     moments = [len(left) * k // (ROUNDS - 1) for k in range(ROUNDS)]
@@ -174,13 +173,6 @@ def _known(path: Path | None, identity: Mapping[str, Any]) -> LatencyTable | dic
             "another file, or delete it to measure again"
         )
     return from_json(text) if unfinished is None else unfinished
-
-
-def _thinnest(structure: Structure) -> Tensor:
-    keep = torch.zeros(structure.units, dtype=torch.bool, device="cpu")
-    for g in structure.groups:
-        keep[g.start : g.start + max(g.least, 1)] = True
-    return keep & structure.dense()
 
 
 def _measured(sized: Sized) -> Grid:

@@ -329,11 +329,19 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 def smaller(
     model: nn.Module, structure: Structure, keep: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[nn.Module, Cut]:
-    """The smaller model for a boolean keep, shape (units,), and its cut, complete with corrections; without proof."""
+    """The smaller model for a boolean keep, shape (units,), and its cut, complete with corrections; without proof.
+
+    Raises RemovalError where it does not run.
+    """
     cut = cut_of(structure, keep)
     small = cut_model(model, cut)
+
+    def run() -> Any:
+        with _blaming(small):
+            return _seeded(small, args, kwargs)
+
     with unchanged(small), mode_of(small, training=False), plain_operations():
-        _, corrections = first_run(small, _needs(model, structure, cut, keep), lambda: _seeded(small, args, kwargs))
+        _, corrections = first_run(small, _needs(model, structure, cut, keep), run)
     return small, replace(cut, corrections=corrections)
 
 

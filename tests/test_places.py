@@ -303,6 +303,45 @@ def test_a_width_that_is_no_units_is_kept(heads: int) -> None:
     assert nas_gate.remove_with_proof(gated, keep).max_relative_error < 1e-6
 
 
+class Scaled(Heads):
+    """Its scale is computed from the width of what enters: with fewer channels than heads it would divide by 0."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        shares = ((q * (c // self.heads) ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+        answer: Tensor = self.out((shares @ v).transpose(1, 2).flatten(2))
+        return answer
+
+
+def test_as_many_units_stay_as_the_code_needs_to_run() -> None:
+    """Four of the stem's for four heads, where the factor is (4 // 4) ** -0.5; all else may go down to one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), Scaled(4), nn.Linear(16, 8), nn.Linear(8, 3))
+    gated = nas_gate.attach(model, torch.randn(2, 5, 8))
+    assert {group.name: group.least for group in gated.structure.groups} == {"0": 4, "1.qkv": 1, "1.out": 1, "2": 1}
+    assert nas_gate.reachable(gated.structure)[0] < 0.15
+    keep = nas_gate.land(gated, 0.15)
+    removed = nas_gate.remove_with_proof(gated, keep)
+    assert removed.model[0].out_features == 4
+    assert removed.max_relative_error < 1e-6
+    keep[1:4] = False
+    with pytest.raises(ValueError, match=r"kept are 1 of 0 \(at least 4\)"):
+        nas_gate.remove_with_proof(gated, keep)
+
+
+def test_a_run_that_fails_with_and_without_corrections_says_why_with_them() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.reshape(-1, 3, 2)
+            raise ValueError(f"it has {len(y)} rows")
+
+    module = Fails()
+    needs = {"": Needs({"reshape:0@reshape(-1,3,2)#0/1": [-1, 2, 2]}, {})}
+    with pytest.raises(ValueError, match="it has 3 rows"):
+        first_run(module, needs, lambda: module(torch.ones(2, 6)))
+
+
 def test_a_branch_in_the_same_words_is_counted_apart() -> None:
     """Closing the branch takes its calls away; those of the module around it stay what they are."""
     torch.manual_seed(0)

@@ -228,18 +228,21 @@ def first_run(
     }
     for forward in learning.values():
         forward.module.forward = forward
-    failed = False
+    failed: Exception | None = None
     try:
         result = run()
-    except Exception:  # what was corrected may be to blame; the run without it tells
+    except Exception as error:  # what was corrected may be to blame; the run without it tells
         if not any(forward.corrections() for forward in learning.values()):
             raise
-        failed = True
+        failed = error
     finally:
         for forward in learning.values():
             forward.withdraw()
-    if failed:
-        return run(), {}
+    if failed is not None:
+        try:
+            return run(), {}
+        except Exception:  # then corrections are not to blame
+            raise failed from None
     found = {path: corrections for path in sorted(learning) if (corrections := learning[path].corrections())}
     for path, corrections in found.items():
         correct(model.get_submodule(path), corrections)

@@ -200,6 +200,13 @@ class Structure:
             keep[list(choice.units[1:])] = False
         return keep
 
+    def thinnest(self) -> Tensor:
+        """The keep with the fewest units that every group may have, but with all branches, shape (units,)."""
+        keep = torch.zeros(self.units, dtype=torch.bool, device="cpu")
+        for g in self.groups:
+            keep[g.start : g.start + max(g.least, 1)] = True
+        return keep & self.dense()
+
     def rivals(self) -> tuple[Ints, Ints, Ints, Ints]:
         """Sets of units of which a least and a most number stay open: groups, and choices in place of their groups.
 
