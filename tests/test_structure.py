@@ -1279,6 +1279,7 @@ MIXED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "index_put_by_values": (lambda h: h.index_put((h > 0,), torch.tensor(0.5, dtype=h.dtype)), "as an index"),
     "index_put_behind_a_gap": (set_behind_a_gap, "has no rule"),
     "scatter_of_a_part": (lambda h: h.scatter(0, to_every(h)[:, :4], h[:, :4]), "aten.scatter has no rule"),
+    "scatter_of_a_number_into_a_part": (lambda h: h.scatter(0, to_every(h)[:, :4], 0.5), "aten.scatter has no rule"),
     "scatter_of_two_widths": (lambda h: h.scatter(0, to_every(h), F.pad(h, (0, 2))), "pads the units"),
     "cummax_along_units": (lambda h: h.cummax(1)[0], "mixes what"),
     "spectrum_of_units": (lambda h: torch.fft.rfft(h, dim=1, norm="ortho").real[:, [0, 1, 2, 3, 4, 1, 2, 3]], "mixes"),

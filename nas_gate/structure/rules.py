@@ -731,18 +731,22 @@ def scattered(call: Call) -> Results:
     """Write or add slices of one tensor at places along a dimension of another (index_add, scatter, index_copy ...)."""
     into, source = call["self"], call.arguments.get("source", call.arguments.get("src"))
     rank, dim = into.dim(), call["dim"] % into.dim()
+    index = call.arguments.get("index")
     if not isinstance(source, Tensor):  # index_fill, scatter of a number
         source = None
     _indices(call, into, source)
-    values = [call.value(into)]
+    values, shapes = [call.value(into)], []
+    if isinstance(index, Tensor) and index.dim() == rank:  # of scatter: it may be for a part only
+        shapes.append(tuple(index.shape))
     if source is not None:
         given = call.value(source)
         if source.dim() < rank:  # select_scatter: a slice without that dimension
             tracks = tuple(Track(t.labels.unsqueeze(dim)) for t in given.tracks)
             given = Value((*source.shape[:dim], 1, *source.shape[dim:]), tracks, given.why)
-        if any(given.shape[d] != into.shape[d] for d in range(rank) if d != dim):
-            return unknown(call)
+        shapes.append(given.shape)
         values.append(given)
+    if any(shape[d] != into.shape[d] for shape in shapes for d in range(rank) if d != dim):
+        return unknown(call)
     return [join(call, [_narrowed(call, value, [dim]) for value in values])]
 
 
@@ -757,7 +761,7 @@ def put(call: Call) -> Results:
     into, values, indices = call["self"], call["values"], list(call["indices"])
     taken = [i for i in indices if i is not None]
     first = sum(i.dim() if i.dtype in (torch.bool, torch.uint8) else 1 for i in taken)
-    if indices[: len(taken)] != taken if None in indices else False:
+    if any(i is None for i in indices[: len(taken)]):
         return unknown(call)
     _indices(call, into, values)
     rest = into.dim() - first
@@ -954,9 +958,9 @@ def _side(call: Call, w: Value, dim: int) -> Track | None:
 
 
 def _is_repeated_filter(call: Call) -> bool:
-    """Whether every channel has the same filters."""
+    """Whether every channel has the same filters; not known of a weight without values."""
     filters = call["weight"].unflatten(0, (call["groups"], -1))
-    return bool((filters == filters[:1]).all())
+    return not filters.is_meta and bool((filters == filters[:1]).all())
 
 
 def convolution(call: Call) -> Results:
