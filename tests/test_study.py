@@ -342,7 +342,8 @@ def test_a_full_disk_leaves_nothing_half_written_that_counts(tmp_path: Path):
     assert process.exitcode == 7
     journal = a_plan.folder / "journal.log"
     assert journal.stat().st_size == 3000
-    assert not journal.read_bytes().endswith(b"\n")
+    if journal.read_bytes().endswith(b"\n"):  # lines are as long as names of processes are: it fell between two
+        os.truncate(journal, 2999)
     run(a_plan, counting(1, 0.0), [], QUIET)
     all_finished(a_plan, 1)
     assert all(json.loads(line) for line in journal.read_text().splitlines())
