@@ -1400,31 +1400,19 @@ def scalars():
     return between(lambda y: (y * 0.5 + torch.tensor(2.0)) / y.shape[2])
 
 
-@case(
-    {"a": 8, "g": 9},
-    inputs=rows(2, 7, 6),
-    slots={
-        "a": {"a.weight:0": 1, "g.weight_ih_l0:1": 1},
-        "g": {"g.weight_ih_l0:0": 3, "g.weight_hh_l0:0": 3, "g.weight_hh_l0:1": 1, "l.weight:1": 1},
-    },
-)
-def gru():
-    return Net(
-        lambda s, x: s.l(s.g(s.a(x))[0][:, -1]), a=nn.Linear(6, 8), g=nn.GRU(8, 9, batch_first=True), l=nn.Linear(9, 5)
-    )
+def read_by(kind: type[nn.RNNBase]) -> Net:
+    """Linear `a` (6 to 8), a recurrent layer `g` (8 to 9), linear `l` (9 to 5) on what it gives last."""
+    layer = kind(8, 9, batch_first=True)
+    return Net(lambda s, x: s.l(s.g(s.a(x))[0][:, -1]), a=nn.Linear(6, 8), g=layer, l=nn.Linear(9, 5))
 
 
-@case(
-    {"a": 8, "g": 9},
-    inputs=rows(2, 7, 6),
-    slots={
-        "a": {"a.weight:0": 1, "g.weight_ih_l0:1": 1},
-        "g": {"g.weight_ih_l0:0": 4, "g.weight_hh_l0:0": 4, "g.weight_hh_l0:1": 1, "l.weight:1": 1},
-    },
-)
-def lstm():
-    return Net(
-        lambda s, x: s.l(s.g(s.a(x))[0][:, -1]), a=nn.Linear(6, 8), g=nn.LSTM(8, 9, batch_first=True), l=nn.Linear(9, 5)
+for _kind, _gates in ((nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)):
+    _own = {"g.weight_ih_l0:0": _gates, "g.weight_hh_l0:0": _gates, "g.weight_hh_l0:1": 1, "l.weight:1": 1}
+    CASES[_kind.__name__.lower()] = Case(
+        partial(read_by, _kind),
+        rows(2, 7, 6),
+        {"a": 8, "g": 9},
+        slots={"a": {"a.weight:0": 1, "g.weight_ih_l0:1": 1}, "g": _own},
     )
 
 

@@ -222,13 +222,18 @@ def along(call: Call) -> Results:
     return _moved(call, value, [d % rank for d in dims])
 
 
+def _indices(call: Call, *others: Tensor | None) -> None:
+    """Fix what is used as an index: all tensors of the call but `others`."""
+    for tensor in call.tensors():
+        if all(tensor is not other for other in others):
+            for track in call.value(tensor).tracks:
+                call.fix(track.labels, "uses it as an index")
+
+
 def anywhere(call: Call) -> Results:
     """Movement that may touch every dimension (index, repeat, pixel shuffle, unfold ...)."""
     value = call.value(call["self"])
-    for tensor in call.tensors():
-        if tensor is not call["self"]:
-            for track in call.value(tensor).tracks:
-                call.fix(track.labels, "uses it as an index")
+    _indices(call, call["self"])
     return _moved(call, value, list(range(len(value.shape))))
 
 
@@ -710,14 +715,6 @@ def weight_norm(call: Call) -> Results:
 
 
 # --- places: what picks, adds up or transforms them, unit by unit --------------------------------------------
-
-
-def _indices(call: Call, *others: Tensor | None) -> None:
-    """Fix what is used as an index: all tensors of the call but `others`."""
-    for tensor in call.tensors():
-        if all(tensor is not other for other in others):
-            for track in call.value(tensor).tracks:
-                call.fix(track.labels, "uses it as an index")
 
 
 def _narrowed(call: Call, value: Value, dims: Sequence[int]) -> Value:
