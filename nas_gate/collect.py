@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import pandas as pd
 
 from nas_gate import latency
 from nas_gate.candidate import CandidateError, read
-from nas_gate.described import PLACES, flat
+from nas_gate.described import PLACES, flat, within
 from nas_gate.pareto import check_table, required
 from nas_gate.quality import ACCURACY, Quality, quality_of
 
@@ -29,6 +29,12 @@ Plain = Mapping[str, Any]
 CANDIDATE, RESULT, SETTINGS, HISTORY = "candidate", "result.json", "settings.json", "history.json"
 OWN_COLUMN = ("target", "seed", "method")
 """Settings that have a column of their own."""
+
+OF_GATES = ("gate", "budget", "gating")
+"""Settings that only the method "gates" looks at: what a study has drawn of them for a baseline says nothing."""
+
+OF_TRAINING = ("batch_size", "augment", "workers", "download")
+"""Arguments of data that do not say which data they are."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Collected:
     setting that varies within a study, and, where latencies were measured, `latency_ms` and `dense_latency_ms`.
     `path` is the candidate's folder. `unfinished` are trials without a result; `latency` says under which condition
     `latency_ms` was measured, and is None without latencies; `pad_to` is what channels were padded to then. `quality`
-    is what all candidates are judged by.
+    is what all candidates are judged by, `data` on which data, in words, with a study of each.
     """
 
     table: pd.DataFrame
@@ -56,6 +62,7 @@ class Collected:
     latency: str | None
     pad_to: int = 1
     quality: Quality = ACCURACY
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Unreadable(Exception):
@@ -74,6 +81,7 @@ def collect(folders: Sequence[Path]) -> Collected:
     skipped: list[Skipped] = []
     unfinished: list[Path] = []
     qualities: dict[Quality, str] = {}
+    data: dict[str, str] = {}
     for folder, study in zip(folders, _names(folders)):
         for number, trial in _trials(folder):
             if not (trial / RESULT).exists():
@@ -98,13 +106,14 @@ def collect(folders: Sequence[Path]) -> Collected:
                 else:
                     rows.append(row)
                     qualities.setdefault(quality, study)
+                    data.setdefault(_data(settings), study)
     if len(qualities) > 1:
         told = " and ".join(f"{quality.name} (study {study})" for quality, study in qualities.items())
         raise ValueError(f"candidates compare by one metric only, but these are judged by {told}")
     quality = next(iter(qualities), ACCURACY)
     table = _varying(pd.DataFrame(rows, columns=None if rows else list(required(quality))))
     table, condition, pad_to = _with_latency(table, latencies)
-    return Collected(table, tuple(skipped), tuple(unfinished), condition, pad_to, quality)
+    return Collected(table, tuple(skipped), tuple(unfinished), condition, pad_to, quality, data)
 
 
 def run_of(candidate: Path) -> tuple[Plain, Plain]:
@@ -178,11 +187,13 @@ def _quality(result: Plain) -> Quality:
 
 def _row(study: str, trial: int, run: Path, settings: Plain, result: Plain, quality: Quality) -> dict[str, Any]:
     figures = {key: value for key, value in result.items() if _is_number(value)}
+    method = str(result.get("method", settings.get("method", "gates")))
+    hidden = (*OWN_COLUMN, *(f"data.arguments.{name}" for name in PLACES), *(() if method == "gates" else OF_GATES))
     row = {
         "study": study,
         "trial": trial,
         "path": (run / CANDIDATE).as_posix(),
-        "method": str(result.get("method", settings.get("method", "gates"))),
+        "method": method,
         "seed": settings.get("seed"),
         "target": result.get("target", settings.get("target")),
         quality.test: None,  # where it was not asked for
@@ -190,7 +201,7 @@ def _row(study: str, trial: int, run: Path, settings: Plain, result: Plain, qual
         **{
             f"param.{key}": json.dumps(value) if isinstance(value, list) else value  # so that they can be grouped
             for key, value in flat(settings).items()
-            if key not in (*OWN_COLUMN, *(f"data.arguments.{name}" for name in PLACES))
+            if not within(key, hidden)
         },
     }
     needed = required(quality)
@@ -206,16 +217,29 @@ def _row(study: str, trial: int, run: Path, settings: Plain, result: Plain, qual
     return row
 
 
+def _data(settings: Plain) -> str:
+    """Which data a run had, in words."""
+    try:
+        name, arguments = settings["data"]["name"], settings["data"]["arguments"]
+        told = {key: value for key, value in arguments.items() if key not in OF_TRAINING and value is not None}
+    except (KeyError, TypeError, AttributeError):
+        return "data that its settings do not name"
+    return f"{name} ({', '.join(f'{key}={value}' for key, value in told.items())})" if told else str(name)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _varying(table: pd.DataFrame) -> pd.DataFrame:
     """Without the settings that are the same throughout every study."""
-    names = [name for name in table.columns if str(name).startswith("param.")]
-    studies = table.groupby("study", sort=False)
-    constant = [name for name in names if (studies[name].nunique(dropna=False) <= 1).all()]
-    varying: pd.DataFrame = table.drop(columns=constant)
+    names = [str(name) for name in table.columns if str(name).startswith("param.")]
+
+    def constant(name: str) -> bool:
+        having = table[table["method"] == "gates"] if within(name.removeprefix("param."), OF_GATES) else table
+        return bool((having.groupby("study", sort=False)[name].nunique(dropna=False) <= 1).all())
+
+    varying: pd.DataFrame = table.drop(columns=[name for name in names if constant(name)])
     return varying
 
 

@@ -404,6 +404,9 @@ def _collected(studies: Sequence[Path]) -> Collected:
         print(f"nas-gate: without a result: {trials}", file=sys.stderr)
     if len(collected.table) == 0:
         raise ValueError(f"there is no finished candidate in {', '.join(map(str, studies))}")
+    if len(collected.data) > 1:
+        told = "; ".join(f"{data} in {study}" for data, study in collected.data.items())
+        print(f"nas-gate: figures compare only where data are the same, but here are {told}", file=sys.stderr)
     return collected
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import as_errors, set_json, trial
 
 from nas_gate.collect import collect, run_of
-from nas_gate.pareto import check_table
+from nas_gate.pareto import check_table, repeats
 from nas_gate.quality import ACCURACY, Quality
 
 
@@ -49,7 +49,28 @@ def test_methods_seeds_and_several_studies(studies: Path):
     assert beta["seed"].tolist() == [0, 1, 2, 0]
     assert len(table) == 8
     # it varies in alpha, and so it is told for beta, too
-    assert beta["param.budget.arguments.weight"].tolist() == [24.0] * 4
+    weights = beta["param.budget.arguments.weight"]
+    assert weights[:3].tolist() == [24.0] * 3
+    assert math.isnan(weights[3])  # of a baseline it says nothing
+
+
+def test_what_only_gates_look_at_says_nothing_of_a_baseline(studies: Path):
+    """A study draws the gates' settings for all; two seeds of one baseline are repeats all the same."""
+    repeated = studies / "beta" / "9"
+    shutil.copytree(studies / "beta" / "3", repeated)
+    set_json(repeated / "settings.json", seed=1, **{"budget.arguments.weight": 11.0, "gating.learning_rate": 0.5})
+    table = collect([studies / "beta"]).table
+    assert [name for name in table if name.startswith("param.")] == []
+    means = repeats(table)
+    assert means[means["method"] == "uniform"]["count"].tolist() == [2]
+
+    set_json(studies / "beta" / "0" / "settings.json", **{"budget.arguments.weight": 12.0})
+    table = collect([studies / "beta"]).table
+    assert [name for name in table if name.startswith("param.")] == ["param.budget.arguments.weight"]
+    told = dict(zip(table["trial"], table["param.budget.arguments.weight"]))
+    assert (told[0], told[1]) == (12.0, 24.0)
+    assert math.isnan(told[3])
+    assert math.isnan(told[9])
 
 
 def test_several_candidates_of_one_trial(studies: Path, searched: dict[float, Path]):
@@ -95,6 +116,14 @@ def test_where_data_lie_is_no_setting_of_the_study(studies: Path):
     set_json(studies / "alpha" / "1" / "settings.json", **{"data.arguments.augment": {"crop": 2, "sizes": [1, 2]}})
     names = [name for name in collect([studies / "alpha"]).table if name.startswith("param.data")]
     assert names == [f"param.data.arguments.augment.{name}" for name in ("crop", "flip", "cutout", "sizes")]
+
+
+def test_different_data_are_named(studies: Path):
+    assert list(collect([studies / "alpha", studies / "beta"]).data.values()) == ["alpha"]
+    changed = {"data.name": "npz", "data.arguments.root": "/small", "data.arguments.batch_size": 7}
+    set_json(studies / "beta" / "2" / "settings.json", **changed)
+    data = collect([studies / "alpha", studies / "beta"]).data
+    assert data == {"digits (validation=0.1)": "alpha", "npz (validation=0.1, root=/small)": "beta"}
 
 
 def test_studies_of_one_name_go_by_their_paths(studies: Path):

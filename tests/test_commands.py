@@ -67,6 +67,17 @@ def test_pareto_of_two_studies_with_seeds_and_a_baseline(capsys: pytest.CaptureF
     assert "(accuracy 0.8, share 0.6)" in shown
 
 
+def test_different_data_are_told_beside_every_comparison(capsys: pytest.CaptureFixture[str]):
+    for command in ("pareto", "select"):
+        assert cli.main([command, "alpha", "beta"]) == 0
+        assert "data" not in capsys.readouterr().err
+    set_json(Path("beta/2/settings.json"), **{"data.name": "mnist"})
+    for command in ("pareto", "select"):
+        assert cli.main([command, "alpha", "beta"]) == 0
+        told = "digits (validation=0.1) in alpha; mnist (validation=0.1) in beta"
+        assert f"figures compare only where data are the same, but here are {told}\n" in capsys.readouterr().err
+
+
 def test_pareto_writes_what_it_shows(capsys: pytest.CaptureFixture[str]):
     assert (
         cli.main(["pareto", "alpha", "--x", "params", "--csv", "out/a.csv", "--plot", "a.png", "--plot", "a.svg"]) == 0
