@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ import nas_gate
 from nas_gate.removal import closed
 from nas_gate.structure.corrections import CorrectedForward, Corrections, Needs, correct, first_run
 from nas_gate.structure.sizes import Calls, parts, watched
-
-pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="code does not know its columns before Python 3.11")
 
 
 def calls_of(model: nn.Module, x: Tensor) -> list[str]:

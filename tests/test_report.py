@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import as_errors, missing, set_json
+from conftest import as_errors, set_json
 
 import nas_gate
 from nas_gate import candidate, cli
@@ -174,7 +174,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Debian's Chromium without a window and without a network."""
     places = shutil.which("chromium"), shutil.which("chromedriver")
     if None in places:
-        missing("chromium and chromedriver (Debian: chromium, chromium-driver)")
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
     webdriver = pytest.importorskip("selenium.webdriver")
     from selenium.webdriver.chrome.service import Service
 

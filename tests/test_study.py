@@ -25,7 +25,6 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from conftest import missing
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
@@ -178,7 +177,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     found = [shutil.which("pg_ctl"), *sorted(glob.glob("/usr/lib/postgresql/*/bin/pg_ctl"))]
     programs = [Path(path).resolve().parent for path in found if path]
     if not programs:
-        missing("PostgreSQL (initdb, pg_ctl)")
+        pytest.skip("needs PostgreSQL (initdb, pg_ctl)")
     folder = Path(tempfile.mkdtemp(prefix="pg"))  # a socket's path must be short, and the owner must reach it
     user: dict[str, Any] = {"user": "nobody"} if os.getuid() == 0 else {}  # PostgreSQL refuses to run as root
     if user:
