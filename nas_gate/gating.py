@@ -377,26 +377,37 @@ class Lagrangian:
         check_budgets(target, metric, self.limits)
         if rate <= 0 or multiplier < 0:
             raise ValueError(f"`rate > 0` and `multiplier >= 0` must hold, but got {rate=}, {multiplier=}")
-        self.target, self.rate, self.metric, self.multiplier = target, rate, metric, multiplier
-        self.multipliers: dict[str, float] = {}
-        """Those of the limits; 0 at first."""
+        self.target, self.rate, self.metric = target, rate, metric
+        # after an update they are tensors on the gates' device: to read them would be to wait for it, at every step
+        self._multiplier: float | Tensor = multiplier
+        self._multipliers: dict[str, float | Tensor] = {}
+
+    @property
+    def multiplier(self) -> float:
+        """That of the target."""
+        return float(self._multiplier)
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """Those of the limits; 0 before the first update."""
+        return {name: float(self._multipliers.get(name, 0.0)) for name in self.limits}
 
     def __call__(self, gated: GatedModel) -> Tensor:
         """The loss term."""
         gap, *excesses = self._gaps(gated)
-        term = self.multiplier * gap + self.rate / 2 * gap**2
+        term = self._multiplier * gap + self.rate / 2 * gap**2
         for name, excess in zip(self.limits, excesses):
-            multiplier = self.multipliers.get(name, 0.0)
+            multiplier = self._multipliers.get(name, 0.0)
             term = term + ((multiplier + self.rate * excess).clamp(min=0) ** 2 - multiplier**2) / (2 * self.rate)
         return term.to(gated.gates.weight.dtype)
 
+    @torch.no_grad()
     def update(self, gated: GatedModel) -> None:
         """Adapt the multipliers to the present gaps."""
-        with torch.no_grad():
-            gap, *excesses = map(float, self._gaps(gated))
-        self.multiplier = max(0.0, self.multiplier + self.rate * gap)
+        gap, *excesses = self._gaps(gated)
+        self._multiplier = (self._multiplier + self.rate * gap).clamp(min=0)
         for name, excess in zip(self.limits, excesses):
-            self.multipliers[name] = max(0.0, self.multipliers.get(name, 0.0) + self.rate * excess)
+            self._multipliers[name] = (self._multipliers.get(name, 0.0) + self.rate * excess).clamp(min=0)
 
     def _gaps(self, gated: GatedModel) -> list[Tensor]:
         return _gaps(gated, {self.metric: self.target, **self.limits})
@@ -406,14 +417,14 @@ class Lagrangian:
         return {
             "multiplier": self.multiplier,
             "target": self.target,
-            "multipliers": dict(self.multipliers),
+            "multipliers": self.multipliers,
             "limits": dict(self.limits),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up where `state_dict` was taken."""
-        self.multiplier, self.target = float(state["multiplier"]), float(state["target"])
-        self.multipliers, self.limits = dict(state["multipliers"]), dict(state["limits"])
+        self._multiplier, self.target = float(state["multiplier"]), float(state["target"])
+        self._multipliers, self.limits = dict(state["multipliers"]), dict(state["limits"])
 
 
 def check_optimizers(gated: GatedModel, optimizers: Iterable[torch.optim.Optimizer]) -> None:

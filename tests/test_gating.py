@@ -662,6 +662,17 @@ def test_lagrangian_finds_the_weight_that_holds_the_budget() -> None:
     assert 18 <= budget.multiplier <= 24
 
 
+def test_no_budget_waits_for_the_device() -> None:
+    """On a device without values whatever reads one fails: as one that reads would wait, at every step."""
+    gated = attached().to("meta")
+    budget = Lagrangian(0.5, limits={"params": 0.4})
+    for _ in range(2):
+        (budget(gated) + penalty(gated, target=0.5, limits={"params": 0.4})).backward()
+        budget.update(gated)
+    with pytest.raises(RuntimeError, match="meta"):
+        assert budget.multiplier
+
+
 def test_lagrangian_state() -> None:
     a, b = Lagrangian(0.5, multiplier=1.25), Lagrangian(0.25)
     b.load_state_dict(a.state_dict())
