@@ -6,7 +6,7 @@ want the parts.
 """
 
 from nas_gate.analysis import analyze, attach, land, remove, remove_with_proof
-from nas_gate.baselines import spread_gates
+from nas_gate.baselines import sensitivity, spread_gates
 from nas_gate.candidate import load, save
 from nas_gate.cost import CostModel, count_macs, reachable_share
 from nas_gate.gates import GATES, SHAPES, TrainableGate, make_gate
@@ -49,6 +49,7 @@ __all__ = [
     "remove",
     "remove_with_proof",
     "save",
+    "sensitivity",
     "spread_gates",
     "to_json",
 ]

@@ -6,7 +6,7 @@ What follows is the same for all: units close in ascending order of score until 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from nas_gate.gating import GatedModel, ranks
-from nas_gate.structure import WIDTH, Structure
+from nas_gate.structure import BRANCH, WIDTH, Structure
 
 Floats = npt.NDArray[np.float64]
 
@@ -70,19 +70,40 @@ def uniform(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:
     return place
 
 
-def spread_gates(gated: GatedModel, spread: float = 1.0) -> None:
-    """Let the gates of every group begin in the order of `l1`, at 1 - spread/2 to 1 + spread/2 times the usual start.
+def spread_gates(gated: GatedModel, spread: float = 1.0, sensitivity: Tensor | None = None) -> None:
+    """Let gates begin in the order of their units' worth, at 1 - spread/2 to 1 + spread/2 times the usual start.
 
-    What a single gate's gradient tells is mostly noise: with one start for all, a group's order would be much chance.
-    Gates of branches and choices begin as usual. In place. Raises ValueError unless 0 <= spread <= 2: all begin open.
+    Within every group of width that order is `l1`'s; the branches of the network begin in the order of `sensitivity`,
+    shape (units,), where it is given (see `sensitivity`), else as usual, as do the candidates of choices. What a single
+    gate's gradient tells is mostly noise: with one start for all, the order would be much chance. In place. Raises
+    ValueError unless 0 <= spread <= 2: all begin open.
     """
     if not 0 <= spread <= 2:
         raise ValueError(f"`0 <= spread <= 2` must hold, so that all gates begin open, but got {spread=}")
     structure = gated.structure
-    wide = np.array([g.kind == WIDTH for g in structure.groups], dtype=bool)[structure.group_of_unit()]
-    place = np.where(wide, uniform(structure, gated.model) - 0.5, 0.0)
+    kinds = np.array([g.kind for g in structure.groups])[structure.group_of_unit()]
+    place = np.where(kinds == WIDTH, uniform(structure, gated.model) - 0.5, 0.0)
+    if sensitivity is not None:
+        if tuple(sensitivity.shape) != (structure.units,):
+            raise ValueError(f"sensitivity must have shape ({structure.units},), but has {tuple(sensitivity.shape)}")
+        branches = np.flatnonzero(kinds == BRANCH)
+        order = branches[np.argsort(sensitivity.cpu().numpy()[branches], kind="stable")]
+        place[order] = (np.arange(len(order)) + 0.5) / max(1, len(order)) - 0.5
     with torch.no_grad():
         gated.gates.weight.copy_(torch.from_numpy(gated.gates.function.initial * (1 + spread * place)))
+
+
+def sensitivity(gated: GatedModel, losses: Iterable[Tensor]) -> Tensor:
+    """How much the loss feels each unit: the root mean square of its gate's gradient, shape (units,), float64.
+
+    `losses` are scalars of the gated model, one per batch and made one at a time: a generator will do. The squares are
+    estimates of the units' Fisher information (Theis, Korshunova, Tejani and Huszar: "Faster gaze prediction with dense
+    networks and Fisher pruning", 2018). Raises ValueError where there is no loss.
+    """
+    squares = [torch.autograd.grad(loss, gated.gates.weight)[0].double().square() for loss in losses]
+    if not squares:
+        raise ValueError("`losses` must hold the loss of at least one batch, but holds none")
+    return torch.stack(squares).mean(0).sqrt()
 
 
 def bn_scale(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:

@@ -18,8 +18,9 @@ over the whole cycle.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.optim import Adam
 
 from nas_gate import candidate
 from nas_gate.analysis import remove_with_proof
-from nas_gate.baselines import spread_gates
+from nas_gate.baselines import sensitivity, spread_gates
 from nas_gate.budgets import GateController
 from nas_gate.cost import MEASURED
 from nas_gate.described import Plain
@@ -50,7 +51,18 @@ from nas_gate.outcome import Stage, announce, announce_leg, combined, figures, n
 from nas_gate.prepare import Prepared, decide, example_input, load_data, prepare, refusing, seeded_model, timed_input
 from nas_gate.removal import Removed
 from nas_gate.settings import Distillation, Gating, Leg, Named, Settings, Timing, describe, versions
-from nas_gate.training import Controller, Epoch, distilled, evaluate, fit, optimiser, place
+from nas_gate.structure import BRANCH
+from nas_gate.training import (
+    Controller,
+    Epoch,
+    distilled,
+    evaluate,
+    fit,
+    optimiser,
+    output_of,
+    place,
+    seed_everything,
+)
 
 __all__ = [
     "Distillation",
@@ -81,6 +93,9 @@ class Moment:
     accuracy: float
     macs: float
 
+
+SENSED = 50
+"""Training batches over which the sensitivity of branches is taken."""
 
 EpochHook = Callable[[Moment], None]
 """Called after every new epoch of gated training and fine-tuning; what it raises ends the trial."""
@@ -180,7 +195,7 @@ def search(
         latency = None if gated.cost.table is None else gated.cost.total(MEASURED[0])
         dense = Stage("dense", accuracy, gated.cost.total("macs"), gated.cost.total("params"), latency)
         gated.model.load_state_dict(prepared.dense.state_dict())
-        spread_gates(gated, settings.gating.spread)
+        spread_gates(gated, settings.gating.spread, sensed(settings, prepared, run_dir))
         trial = Trial(settings, prepared, run_dir, dense, history, console, on_epoch)
         if settings.targets is None:
             result = find(trial, settings.legs()[0], run_dir)
@@ -314,6 +329,32 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
             console=console,
             label="dense",
         )
+
+
+def sensed(settings: Settings, prepared: Prepared, run_dir: Path) -> Tensor | None:
+    """How much the dense network feels its units, over a few training batches; None where no gate begins by it.
+
+    A gated training that is continued has its gates already.
+    """
+    gated, fabric = prepared.gated, prepared.fabric
+    branches = any(group.kind == BRANCH for group in gated.structure.groups)
+    if settings.method != "gates" or not (branches and settings.gating.spread) or (run_dir / "gated.pt").exists():
+        return None
+    place(gated, fabric, channels_last=settings.hardware.channels_last)
+    gated.eval()
+    objective = prepared.task.loss(settings.cycle.label_smoothing)
+    seed_everything(settings.seed, 0, fabric.global_rank)
+    prepared.train.set_epoch(0)
+
+    def losses() -> Iterator[Tensor]:
+        for batch in islice(prepared.train, SENSED):
+            inputs, targets = fabric.to_device(batch)
+            with fabric.autocast():
+                loss = objective(output_of(gated(inputs)), inputs, targets)
+            yield loss
+
+    squares = sensitivity(gated, losses()).square()
+    return fabric.all_reduce(squares, reduce_op="mean").sqrt()  # type: ignore[union-attr]
 
 
 def train_gated(trial: Trial, leg: Leg) -> list[Epoch]:

@@ -33,7 +33,8 @@ class Gating:
     """How gates learn: for the first `epochs` epochs of the cycle, by Adam at `learning_rate`.
 
     The target goes from 1 to the wanted share over the first `descent` of these epochs, in a straight line. The gates
-    of a group begin in the order of their units' weights, as far apart as `spread` says (see `baselines.spread_gates`).
+    of a group begin in the order of their units' weights, those of branches in that of how much the loss feels them, as
+    far apart as `spread` says (see `baselines.spread_gates`).
     """
 
     epochs: int

@@ -66,6 +66,45 @@ def test_gates_of_branches_and_choices_begin_as_usual():
         assert torch.equal(part, was) == (group.kind != "width" or group.size == 1)
 
 
+def test_sensitivity_is_the_root_mean_square_of_what_scaling_a_unit_does():
+    gated = nas_gate.attach(network(), torch.randn(1, 2)).eval()
+    with torch.no_grad():
+        gated.model[1].weight.copy_(torch.tensor([1.0, 1.0]))  # with a norm that changes nothing ...
+        gated.model[1].running_var.fill_(1 - gated.model[1].eps)
+        for layer in (0, 3, 5):
+            gated.model[layer].bias.zero_()
+    # ... x = (4, 1) makes (4 - 3, 2) = (1, 2), then (1 + 2 * 2, 1, -1), of which the last is cut off: (5, 1, 0)
+    second = [1 * 5.0, -2 * 1.0, 3 * 0.0]  # what scaling each does to the output
+    first = [1 * (1 * 1 - 2 * 1), 2 * (1 * 2 - 2 * 0)]
+    assert gated(torch.tensor([[4.0, 1.0]])).item() == pytest.approx(sum(second), rel=1e-4)
+    outputs = (factor * gated(torch.tensor([[4.0, 1.0]])).sum() for factor in (1.0, -7.0))
+    scale = ((1 + 49) / 2) ** 0.5
+    felt = nas_gate.sensitivity(gated, outputs)
+    assert felt.dtype == torch.float64
+    assert felt.tolist() == pytest.approx([scale * abs(x) for x in first + second], rel=1e-4)
+    assert gated.gates.weight.grad is None
+    with pytest.raises(ValueError, match="at least one batch"):
+        nas_gate.sensitivity(gated, [])
+
+
+def test_branches_begin_in_the_order_of_their_sensitivity():
+    gated = nas_gate.attach(models.build("resnet20", shortcut="B"), torch.randn(1, 3, 8, 8), depth=True)
+    kinds = [g.kind for g in gated.structure.groups for _ in range(g.size)]
+    branches = torch.tensor([kind == "branch" for kind in kinds])
+    nas_gate.spread_gates(gated)
+    usual = gated.gates.weight.detach().clone()
+    assert (usual[branches] == 0.5).all()
+    felt = torch.rand(gated.structure.units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nas_gate.spread_gates(gated, 1.0, felt)
+    start = gated.gates.weight.detach()
+    assert torch.equal(start[~branches], usual[~branches])
+    count = int(branches.sum())
+    expected = 0.25 + 0.5 * (torch.arange(count) + 0.5) / count
+    torch.testing.assert_close(start[branches][felt[branches].argsort()], expected)
+    with pytest.raises(ValueError, match="sensitivity must have shape"):
+        nas_gate.spread_gates(gated, 1.0, felt[1:])
+
+
 def test_bn_scale_is_the_size_of_gamma_and_groups_without_one_are_average():
     _, scores = scored("bn_scale", network(), torch.randn(1, 2))
     # quantiles 5/6, 1/6 and 1/2 between 0.5 and 2

@@ -142,6 +142,40 @@ def test_settings_reach_what_they_are_of(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(width % 4 == 0 for width in widths)
 
 
+def test_branches_begin_by_what_the_trained_network_feels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    felt: list[torch.Tensor | None] = []
+    real = search.spread_gates
+    monkeypatch.setattr(search, "spread_gates", lambda *a: (felt.append(a[2]), real(*a))[1])
+    settings = replace(TINY, depth=True, test=False)
+    result = run(tmp_path, settings)
+    state = nas_gate.load(result["path"]).state_dict()
+
+    prepared = prepare.prepare(settings)
+    search.train_dense(settings, prepared, tmp_path / "dense")
+    gated = prepared.gated
+    gated.model.load_state_dict(prepared.dense.state_dict())
+    gated.eval()
+    training.seed_everything(settings.seed, 0)
+    prepared.train.set_epoch(0)
+    loss = prepared.task.loss(0.0)
+    expected = nas_gate.sensitivity(gated, (loss(gated(x), x, y) for x, y in prepared.train))  # an epoch is less than 50
+    assert felt[0] is not None
+    torch.testing.assert_close(felt[0], expected)
+
+    stopped = tmp_path / "stopped"  # with gates that have begun nothing is felt again
+
+    def stop(moment: search.Moment) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search.search(settings, stopped, cache_dir=tmp_path / "dense", on_epoch=stop)
+    again = search.search(settings, stopped, cache_dir=tmp_path / "dense")
+    assert [each is None for each in felt] == [False, False, True]
+    assert all(torch.equal(value, state[name]) for name, value in nas_gate.load(again["path"]).state_dict().items())
+    run(tmp_path / "flat", replace(settings, depth=False, dense=replace(RECIPE, epochs=0)))
+    assert felt[-1] is None
+
+
 def test_the_lagrangian_is_of_the_metric_that_is_asked_for():
     gated = nas_gate.attach(models.build("digits_cnn", width=0.25), torch.zeros(1, 1, 8, 8))
     with torch.no_grad():
