@@ -342,6 +342,9 @@ def sensed(settings: Settings, prepared: Prepared, run_dir: Path) -> Tensor | No
         return None
     place(gated, fabric, channels_last=settings.hardware.channels_last)
     gated.eval()
+    for module in gated.modules():
+        if isinstance(module, nn.RNNBase):
+            module.train()  # cuDNN differentiates it in no other mode
     objective = prepared.task.loss(settings.cycle.label_smoothing)
     seed_everything(settings.seed, 0, fabric.global_rank)
     prepared.train.set_epoch(0)
