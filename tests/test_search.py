@@ -158,7 +158,7 @@ def test_branches_begin_by_what_the_trained_network_feels(tmp_path: Path, monkey
     training.seed_everything(settings.seed, 0)
     prepared.train.set_epoch(0)
     loss = prepared.task.loss(0.0)
-    expected = nas_gate.sensitivity(gated, (loss(gated(x), x, y) for x, y in prepared.train))  # an epoch is less than 50
+    expected = nas_gate.sensitivity(gated, (loss(gated(x), x, y) for x, y in prepared.train))  # an epoch is fewer
     assert felt[0] is not None
     torch.testing.assert_close(felt[0], expected)
 
