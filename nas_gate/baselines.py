@@ -88,7 +88,7 @@ def spread_gates(gated: GatedModel, spread: float = 1.0, sensitivity: Tensor | N
             raise ValueError(f"sensitivity must have shape ({structure.units},), but has {tuple(sensitivity.shape)}")
         branches = np.flatnonzero(kinds == BRANCH)
         order = branches[np.argsort(sensitivity.cpu().numpy()[branches], kind="stable")]
-        place[order] = (np.arange(len(order)) + 0.5) / max(1, len(order)) - 0.5
+        place[order] = (np.arange(len(order)) + 0.5) / len(order) - 0.5
     with torch.no_grad():
         gated.gates.weight.copy_(torch.from_numpy(gated.gates.function.initial * (1 + spread * place)))
 
