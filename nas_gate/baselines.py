@@ -70,35 +70,53 @@ def uniform(structure: Structure, model: nn.Module, seed: int = 0) -> Floats:
     return place
 
 
-def spread_gates(gated: GatedModel, spread: float = 1.0, sensitivity: Tensor | None = None) -> None:
-    """Let gates begin in the order of their units' worth, at 1 - spread/2 to 1 + spread/2 times the usual start.
+def spread_gates(
+    gated: GatedModel, spread: float = 1.0, sensitivity: Tensor | None = None, metric: str = "macs"
+) -> None:
+    """Let gates begin in the order of their units' worth, around the usual start. In place.
 
-    Within every group of width that order is `l1`'s; the branches of the network begin in the order of `sensitivity`,
-    shape (units,), where it is given (see `sensitivity`), else as usual, as do the candidates of choices. What a single
-    gate's gradient tells is mostly noise: with one start for all, the order would be much chance. In place. Raises
-    ValueError unless 0 <= spread <= 2: all begin open.
+    What a single gate's gradient tells is mostly noise: with one start for all, the order would be much chance. So
+    within every group of width the units begin in the order of `l1`, from 1 - spread/2 to 1 + spread/2 times the usual
+    start. Where `sensitivity`, shape (units,), is given (see `sensitivity`), whole groups of width begin as far apart,
+    too, in the order of what the loss feels per cost: the mean over a group's units of sensitivity over marginal cost
+    in `metric` at the dense network; both add up. So do branches among themselves. Candidates of choices begin as
+    usual. Raises ValueError unless 0 <= spread <= 1: all begin open.
     """
-    if not 0 <= spread <= 2:
-        raise ValueError(f"`0 <= spread <= 2` must hold, so that all gates begin open, but got {spread=}")
+    if not 0 <= spread <= 1:
+        raise ValueError(f"`0 <= spread <= 1` must hold, so that all gates begin open, but got {spread=}")
     structure = gated.structure
-    kinds = np.array([g.kind for g in structure.groups])[structure.group_of_unit()]
-    place = np.where(kinds == WIDTH, uniform(structure, gated.model) - 0.5, 0.0)
+    group = structure.group_of_unit()
+    kinds = np.array([g.kind for g in structure.groups])
+    place = np.where(kinds[group] == WIDTH, uniform(structure, gated.model) - 0.5, 0.0)
     if sensitivity is not None:
         if tuple(sensitivity.shape) != (structure.units,):
             raise ValueError(f"sensitivity must have shape ({structure.units},), but has {tuple(sensitivity.shape)}")
-        branches = np.flatnonzero(kinds == BRANCH)
-        order = branches[np.argsort(sensitivity.cpu().numpy()[branches], kind="stable")]
-        place[order] = (np.arange(len(order)) + 0.5) / len(order) - 0.5
+        worth = sensitivity.detach().cpu().double().numpy() / _marginal_cost(gated, metric)
+        worth = np.bincount(group, worth) / np.bincount(group)
+        for kind in (WIDTH, BRANCH):
+            groups = np.flatnonzero(kinds == kind)
+            order = groups[np.argsort(worth[groups], kind="stable")]
+            shift = np.zeros(len(kinds))
+            shift[order] = (np.arange(len(order)) + 0.5) / max(len(order), 1) - 0.5
+            place += shift[group]
     with torch.no_grad():
         gated.gates.weight.copy_(torch.from_numpy(gated.gates.function.initial * (1 + spread * place)))
+
+
+def _marginal_cost(gated: GatedModel, metric: str) -> Floats:
+    """What removing a little of each unit alone spares of the dense network's cost, shape (units,), above 0."""
+    keep = gated.structure.dense().to(gated.gates.weight).requires_grad_()
+    (cost,) = torch.autograd.grad(gated.cost.share(keep, metric), [keep])
+    marginal: Floats = cost.double().clamp(min=1e-30).cpu().numpy()  # what costs nothing is worth keeping
+    return marginal
 
 
 def sensitivity(gated: GatedModel, losses: Iterable[Tensor]) -> Tensor:
     """How much the loss feels each unit: the root mean square of its gate's gradient, shape (units,), float64.
 
-    `losses` are scalars of the gated model, one per batch and made one at a time: a generator will do. The squares are
-    estimates of the units' Fisher information (Theis, Korshunova, Tejani and Huszar: "Faster gaze prediction with dense
-    networks and Fisher pruning", 2018). Raises ValueError where there is no loss.
+    `losses` are scalars of the gated model as it trains, one per batch and made one at a time: a generator will do. The
+    squares are estimates of the units' Fisher information (Theis, Korshunova, Tejani and Huszar: "Faster gaze
+    prediction with dense networks and Fisher pruning", 2018). Raises ValueError where there is no loss.
     """
     squares = [torch.autograd.grad(loss, gated.gates.weight)[0].double().square() for loss in losses]
     if not squares:

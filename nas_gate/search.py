@@ -51,7 +51,6 @@ from nas_gate.outcome import Stage, announce, announce_leg, combined, figures, n
 from nas_gate.prepare import Prepared, decide, example_input, load_data, prepare, refusing, seeded_model, timed_input
 from nas_gate.removal import Removed
 from nas_gate.settings import Distillation, Gating, Leg, Named, Settings, Timing, describe, versions
-from nas_gate.structure import BRANCH
 from nas_gate.training import (
     Controller,
     Epoch,
@@ -95,7 +94,7 @@ class Moment:
 
 
 SENSED = 50
-"""Training batches over which the sensitivity of branches is taken."""
+"""Training batches over which the sensitivity of units is taken."""
 
 EpochHook = Callable[[Moment], None]
 """Called after every new epoch of gated training and fine-tuning; what it raises ends the trial."""
@@ -195,7 +194,7 @@ def search(
         latency = None if gated.cost.table is None else gated.cost.total(MEASURED[0])
         dense = Stage("dense", accuracy, gated.cost.total("macs"), gated.cost.total("params"), latency)
         gated.model.load_state_dict(prepared.dense.state_dict())
-        spread_gates(gated, settings.gating.spread, sensed(settings, prepared, run_dir))
+        spread_gates(gated, settings.gating.spread, sensed(settings, prepared, run_dir), settings.metric)
         trial = Trial(settings, prepared, run_dir, dense, history, console, on_epoch)
         if settings.targets is None:
             result = find(trial, settings.legs()[0], run_dir)
@@ -332,19 +331,16 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
 
 
 def sensed(settings: Settings, prepared: Prepared, run_dir: Path) -> Tensor | None:
-    """How much the dense network feels its units, over a few training batches; None where no gate begins by it.
+    """How much the dense network feels its units as it trains, over a few batches; None where no gate begins by it.
 
-    A gated training that is continued has its gates already.
+    The network is left as it was. A gated training that is continued has its gates already.
     """
     gated, fabric = prepared.gated, prepared.fabric
-    branches = any(group.kind == BRANCH for group in gated.structure.groups)
-    if settings.method != "gates" or not (branches and settings.gating.spread) or (run_dir / "gated.pt").exists():
+    if settings.method != "gates" or settings.gating.spread == 0 or (run_dir / "gated.pt").exists():
         return None
     place(gated, fabric, channels_last=settings.hardware.channels_last)
-    gated.eval()
-    for module in gated.modules():
-        if isinstance(module, nn.RNNBase):
-            module.train()  # cuDNN differentiates it in no other mode
+    gated.train()
+    buffers = {name: buffer.clone() for name, buffer in gated.model.named_buffers()}
     objective = prepared.task.loss(settings.cycle.label_smoothing)
     seed_everything(settings.seed, 0, fabric.global_rank)
     prepared.train.set_epoch(0)
@@ -357,6 +353,9 @@ def sensed(settings: Settings, prepared: Prepared, run_dir: Path) -> Tensor | No
             yield loss
 
     squares = sensitivity(gated, losses()).square()
+    with torch.no_grad():
+        for name, buffer in gated.model.named_buffers():
+            buffer.copy_(buffers.get(name, buffer))
     return fabric.all_reduce(squares, reduce_op="mean").sqrt()  # type: ignore[union-attr]
 
 

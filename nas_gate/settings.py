@@ -33,8 +33,8 @@ class Gating:
     """How gates learn: for the first `epochs` epochs of the cycle, by Adam at `learning_rate`.
 
     The target goes from 1 to the wanted share over the first `descent` of these epochs, in a straight line. The gates
-    of a group begin in the order of their units' weights, those of branches in that of how much the loss feels them, as
-    far apart as `spread` says (see `baselines.spread_gates`).
+    of a group begin in the order of their units' weights, and groups in that of how much the loss feels them per cost,
+    as far apart as `spread` says (see `baselines.spread_gates`).
     """
 
     epochs: int
@@ -46,7 +46,7 @@ class Gating:
         require(self.epochs >= 1, "`gating.epochs >= 1` must hold", self.epochs)
         require(self.learning_rate > 0, "`gating.learning_rate > 0` must hold", self.learning_rate)
         require(0 <= self.descent <= 1, "`0 <= gating.descent <= 1` must hold", self.descent)
-        require(0 <= self.spread <= 2, "`0 <= gating.spread <= 2` must hold", self.spread)
+        require(0 <= self.spread <= 1, "`0 <= gating.spread <= 1` must hold", self.spread)
 
 
 @dataclass(frozen=True)

@@ -45,15 +45,34 @@ def test_uniform_is_the_place_in_the_group_by_l1():
 
 def test_gates_begin_in_the_order_of_l1_around_the_usual_start():
     gated = nas_gate.attach(network(), torch.randn(1, 2))
-    nas_gate.spread_gates(gated, 1.2)
-    assert gated.gates.weight.tolist() == pytest.approx([0.5 + 0.6 * p for p in (1 / 4, -1 / 4, 2 / 6, -2 / 6, 0)])
-    nas_gate.spread_gates(gated, 2.0)
+    nas_gate.spread_gates(gated, 0.6)
+    assert gated.gates.weight.tolist() == pytest.approx([0.5 + 0.3 * p for p in WITHIN])
+    nas_gate.spread_gates(gated, 1.0, torch.rand(5))
     assert bool((gated.keep() == 1).all())
-    for spread in (2.01, -0.1):
-        with pytest.raises(ValueError, match=r"`0 <= spread <= 2` must hold"):
+    for spread in (1.01, -0.1):
+        with pytest.raises(ValueError, match=r"`0 <= spread <= 1` must hold"):
             nas_gate.spread_gates(gated, spread)
-    nas_gate.spread_gates(gated, 0.0)
+    nas_gate.spread_gates(gated, 0.0, torch.rand(5))
     assert gated.gates.weight.tolist() == [0.5] * 5
+
+
+WITHIN = (1 / 4, -1 / 4, 2 / 6, -2 / 6, 0)
+
+
+def test_groups_begin_in_the_order_of_what_the_loss_feels_per_cost():
+    gated = nas_gate.attach(network(), torch.randn(1, 2))
+
+    def shifts(felt: list[float], metric: str) -> list[float]:
+        nas_gate.spread_gates(gated, 0.6, torch.tensor(felt), metric)
+        return [(w - 0.5) / 0.3 - p for w, p in zip(gated.gates.weight.tolist(), WITHIN, strict=True)]
+
+    first, second = [1 / 4] * 2 + [-1 / 4] * 3, [-1 / 4] * 2 + [1 / 4] * 3
+    # a unit of the first costs 2 + 3 multiply-accumulates, one of the second 2 + 1; parameters 3 + 2 + 3 and 2 + 1 + 1
+    assert shifts([1.7, 1.7, 1, 1, 1], "macs") == pytest.approx(first, abs=1e-6)
+    assert shifts([1.6, 1.6, 1, 1, 1], "macs") == pytest.approx(second, abs=1e-6)
+    assert shifts([0.0, 3.4, 1, 0, 2], "macs") == pytest.approx(first, abs=1e-6)  # the mean of a group
+    assert shifts([1.7, 1.7, 1, 1, 1], "params") == pytest.approx(second, abs=1e-6)
+    assert shifts([2.1, 2.1, 1, 1, 1], "params") == pytest.approx(first, abs=1e-6)
 
 
 def test_gates_of_branches_and_choices_begin_as_usual():
@@ -97,10 +116,11 @@ def test_branches_begin_in_the_order_of_their_sensitivity():
     felt = torch.rand(gated.structure.units, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     nas_gate.spread_gates(gated, 1.0, felt)
     start = gated.gates.weight.detach()
-    assert torch.equal(start[~branches], usual[~branches])
+    shifts = (start - usual)[~branches].unique()
+    assert -0.25 < shifts.min() < shifts.max() < 0.25  # groups of width have their own
     count = int(branches.sum())
     expected = 0.25 + 0.5 * (torch.arange(count) + 0.5) / count
-    torch.testing.assert_close(start[branches][felt[branches].argsort()], expected)
+    torch.testing.assert_close(start[branches][felt[branches].argsort()], expected)  # which cost the same here
     with pytest.raises(ValueError, match="sensitivity must have shape"):
         nas_gate.spread_gates(gated, 1.0, felt[1:])
 

@@ -142,11 +142,17 @@ def test_settings_reach_what_they_are_of(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(width % 4 == 0 for width in widths)
 
 
-def test_branches_begin_by_what_the_trained_network_feels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_gates_begin_by_what_the_trained_network_feels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     felt: list[torch.Tensor | None] = []
     real = search.spread_gates
-    monkeypatch.setattr(search, "spread_gates", lambda *a: (felt.append(a[2]), real(*a))[1])
-    settings = replace(TINY, depth=True, test=False)
+
+    def spy(gated: nas_gate.GatedModel, spread: float, sensitivity: torch.Tensor | None, metric: str) -> None:
+        assert metric == "params"
+        felt.append(sensitivity)
+        real(gated, spread, sensitivity, metric)
+
+    monkeypatch.setattr(search, "spread_gates", spy)
+    settings = replace(TINY, metric="params", test=False)
     result = run(tmp_path, settings)
     state = nas_gate.load(result["path"]).state_dict()
 
@@ -154,13 +160,18 @@ def test_branches_begin_by_what_the_trained_network_feels(tmp_path: Path, monkey
     search.train_dense(settings, prepared, tmp_path / "dense")
     gated = prepared.gated
     gated.model.load_state_dict(prepared.dense.state_dict())
-    gated.eval()
+    measured = search.sensed(settings, prepared, tmp_path / "none")
+    assert all(
+        torch.equal(value, gated.model.state_dict()[name]) for name, value in prepared.dense.state_dict().items()
+    )
+    gated.train()
     training.seed_everything(settings.seed, 0)
     prepared.train.set_epoch(0)
     loss = prepared.task.loss(0.0)
     expected = nas_gate.sensitivity(gated, (loss(gated(x), x, y) for x, y in prepared.train))  # an epoch is fewer
-    assert felt[0] is not None
-    torch.testing.assert_close(felt[0], expected)
+    for each in (felt[0], measured):
+        assert each is not None
+        torch.testing.assert_close(each, expected)
 
     stopped = tmp_path / "stopped"  # with gates that have begun nothing is felt again
 
@@ -172,8 +183,9 @@ def test_branches_begin_by_what_the_trained_network_feels(tmp_path: Path, monkey
     again = search.search(settings, stopped, cache_dir=tmp_path / "dense")
     assert [each is None for each in felt] == [False, False, True]
     assert all(torch.equal(value, state[name]) for name, value in nas_gate.load(again["path"]).state_dict().items())
-    run(tmp_path / "flat", replace(settings, depth=False, dense=replace(RECIPE, epochs=0)))
-    assert felt[-1] is None
+    run(tmp_path / "flat", replace(settings, gating=replace(settings.gating, spread=0.0)))
+    run(tmp_path / "uniform", replace(settings, method="uniform"))
+    assert felt[3:] == [None, None]
 
 
 def test_the_lagrangian_is_of_the_metric_that_is_asked_for():
@@ -634,7 +646,7 @@ def changed(**change: Any) -> Settings:
         (lambda: changed(gating=Gating(epochs=5)), r"gating.epochs <= cycle.epochs.*=4.* got 5"),
         (lambda: changed(cycle=replace(RECIPE, epochs=0)), r"gating.epochs <= cycle.epochs.*=0.* got 2"),
         (lambda: changed(gating=Gating(epochs=1, descent=2.0)), "descent <= 1"),
-        (lambda: changed(gating=Gating(epochs=1, spread=2.1)), "0 <= gating.spread <= 2"),
+        (lambda: changed(gating=Gating(epochs=1, spread=1.1)), "0 <= gating.spread <= 1"),
         (lambda: changed(distillation=search.Distillation(temperature=0.0)), "temperature > 0"),
         (lambda: changed(target=0.001), r"target=0\.001 is below what is reachable.*between 0\.\d+ and 1"),
         (lambda: changed(model=Named("digits_cn")), "unknown model 'digits_cn'.*digits_cnn"),
