@@ -114,9 +114,9 @@ def _marginal_cost(gated: GatedModel, metric: str) -> Floats:
 def sensitivity(gated: GatedModel, losses: Iterable[Tensor]) -> Tensor:
     """How much the loss feels each unit: the root mean square of its gate's gradient, shape (units,), float64.
 
-    `losses` are scalars of the gated model as it trains, one per batch and made one at a time: a generator will do. The
-    squares are estimates of the units' Fisher information (Theis, Korshunova, Tejani and Huszar: "Faster gaze
-    prediction with dense networks and Fisher pruning", 2018). Raises ValueError where there is no loss.
+    `losses` are scalars of the gated model, one per batch and made one at a time: a generator will do. The squares are
+    estimates of the units' Fisher information (Theis, Korshunova, Tejani and Huszar: "Faster gaze prediction with dense
+    networks and Fisher pruning", 2018). Raises ValueError where there is no loss.
     """
     squares = [torch.autograd.grad(loss, gated.gates.weight)[0].double().square() for loss in losses]
     if not squares:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Adam
 
 from nas_gate import candidate
@@ -331,15 +332,19 @@ def train_dense(settings: Settings, prepared: Prepared, cache_dir: Path, console
 
 
 def sensed(settings: Settings, prepared: Prepared, run_dir: Path) -> Tensor | None:
-    """How much the dense network feels its units as it trains, over a few batches; None where no gate begins by it.
+    """How much the dense network feels its units, over a few batches; None where no gate begins by it.
 
-    The network is left as it was. A gated training that is continued has its gates already.
+    In the mode of training, whose outputs the loss is made for, but with the statistics that norms have by now. The
+    network is left as it was. A gated training that is continued has its gates already.
     """
     gated, fabric = prepared.gated, prepared.fabric
     if settings.method != "gates" or settings.gating.spread == 0 or (run_dir / "gated.pt").exists():
         return None
     place(gated, fabric, channels_last=settings.hardware.channels_last)
     gated.train()
+    for module in gated.modules():
+        if isinstance(module, _NormBase):
+            module.eval()
     buffers = {name: buffer.clone() for name, buffer in gated.model.named_buffers()}
     objective = prepared.task.loss(settings.cycle.label_smoothing)
     seed_everything(settings.seed, 0, fabric.global_rank)
