@@ -79,8 +79,9 @@ def spread_gates(
     within every group of width the units begin in the order of `l1`, from 1 - spread/2 to 1 + spread/2 times the usual
     start. Where `sensitivity`, shape (units,), is given (see `sensitivity`), whole groups of width begin as far apart,
     too, in the order of what the loss feels per cost: the mean over a group's units of sensitivity over marginal cost
-    in `metric` at the dense network; both add up. So do branches among themselves. Candidates of choices begin as
-    usual. Raises ValueError unless 0 <= spread <= 1: all begin open.
+    in `metric` at the dense network. Both add up, to 1 - spread to 1 + spread; branches begin so in an order of their
+    own, by the same figure. Candidates of choices begin as usual. Raises ValueError unless 0 <= spread <= 1: all begin
+    open.
     """
     if not 0 <= spread <= 1:
         raise ValueError(f"`0 <= spread <= 1` must hold, so that all gates begin open, but got {spread=}")
@@ -93,12 +94,12 @@ def spread_gates(
             raise ValueError(f"sensitivity must have shape ({structure.units},), but has {tuple(sensitivity.shape)}")
         worth = sensitivity.detach().cpu().double().numpy() / _marginal_cost(gated, metric)
         worth = np.bincount(group, worth) / np.bincount(group)
-        for kind in (WIDTH, BRANCH):
+        shift = np.zeros(len(kinds))
+        for kind, wide in ((WIDTH, 1), (BRANCH, 2)):
             groups = np.flatnonzero(kinds == kind)
             order = groups[np.argsort(worth[groups], kind="stable")]
-            shift = np.zeros(len(kinds))
-            shift[order] = (np.arange(len(order)) + 0.5) / max(len(order), 1) - 0.5
-            place += shift[group]
+            shift[order] = wide * ((np.arange(len(order)) + 0.5) / max(len(order), 1) - 0.5)
+        place += shift[group]
     with torch.no_grad():
         gated.gates.weight.copy_(torch.from_numpy(gated.gates.function.initial * (1 + spread * place)))
 

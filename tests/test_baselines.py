@@ -119,7 +119,7 @@ def test_branches_begin_in_the_order_of_their_sensitivity():
     shifts = (start - usual)[~branches].unique()
     assert -0.25 < shifts.min() < shifts.max() < 0.25  # groups of width have their own
     count = int(branches.sum())
-    expected = 0.25 + 0.5 * (torch.arange(count) + 0.5) / count
+    expected = (torch.arange(count) + 0.5) / count
     torch.testing.assert_close(start[branches][felt[branches].argsort()], expected)  # which cost the same here
     with pytest.raises(ValueError, match="sensitivity must have shape"):
         nas_gate.spread_gates(gated, 1.0, felt[1:])
