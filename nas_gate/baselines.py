@@ -78,10 +78,10 @@ def spread_gates(
     What a single gate's gradient tells is mostly noise: with one start for all, the order would be much chance. So
     within every group of width the units begin in the order of `l1`, from 1 - spread/2 to 1 + spread/2 times the usual
     start. Where `sensitivity`, shape (units,), is given (see `sensitivity`), whole groups of width begin as far apart,
-    too, in the order of what the loss feels per cost: the mean over a group's units of sensitivity over marginal cost
-    in `metric` at the dense network. Both add up, to 1 - spread to 1 + spread; branches begin so in an order of their
-    own, by the same figure. Candidates of choices begin as usual. Raises ValueError unless 0 <= spread <= 1: all begin
-    open.
+    too, in the order of what the loss feels per cost: the mean over a group's units of their Fisher information, which
+    is sensitivity ** 2, over their marginal cost in `metric` at the dense network. Both add up, to 1 - spread to
+    1 + spread; branches begin so in an order of their own, by the same figure. Candidates of choices begin as usual.
+    Raises ValueError unless 0 <= spread <= 1: all begin open.
     """
     if not 0 <= spread <= 1:
         raise ValueError(f"`0 <= spread <= 1` must hold, so that all gates begin open, but got {spread=}")
@@ -92,7 +92,7 @@ def spread_gates(
     if sensitivity is not None:
         if tuple(sensitivity.shape) != (structure.units,):
             raise ValueError(f"sensitivity must have shape ({structure.units},), but has {tuple(sensitivity.shape)}")
-        worth = sensitivity.detach().cpu().double().numpy() / _marginal_cost(gated, metric)
+        worth = sensitivity.detach().cpu().double().numpy() ** 2 / _marginal_cost(gated, metric)
         worth = np.bincount(group, worth) / np.bincount(group)
         shift = np.zeros(len(kinds))
         for kind, wide in ((WIDTH, 1), (BRANCH, 2)):

@@ -68,11 +68,12 @@ def test_groups_begin_in_the_order_of_what_the_loss_feels_per_cost():
 
     first, second = [1 / 4] * 2 + [-1 / 4] * 3, [-1 / 4] * 2 + [1 / 4] * 3
     # a unit of the first costs 2 + 3 multiply-accumulates, one of the second 2 + 1; parameters 3 + 2 + 3 and 2 + 1 + 1
-    assert shifts([1.7, 1.7, 1, 1, 1], "macs") == pytest.approx(first, abs=1e-6)
-    assert shifts([1.6, 1.6, 1, 1, 1], "macs") == pytest.approx(second, abs=1e-6)
-    assert shifts([0.0, 3.4, 1, 0, 2], "macs") == pytest.approx(first, abs=1e-6)  # the mean of a group
-    assert shifts([1.7, 1.7, 1, 1, 1], "params") == pytest.approx(second, abs=1e-6)
-    assert shifts([2.1, 2.1, 1, 1, 1], "params") == pytest.approx(first, abs=1e-6)
+    assert shifts([1.3, 1.3, 1, 1, 1], "macs") == pytest.approx(first, abs=1e-6)  # 1.3 ** 2 > 5 / 3
+    assert shifts([1.28, 1.28, 1, 1, 1], "macs") == pytest.approx(second, abs=1e-6)
+    assert shifts([0.0, 1.9, 1, 1, 1], "macs") == pytest.approx(first, abs=1e-6)  # the mean of squares, 1.805
+    assert shifts([1.9, 0.0, 1, 0, 1.5], "macs") == pytest.approx(first, abs=1e-6)  # and 1.083
+    assert shifts([1.3, 1.3, 1, 1, 1], "params") == pytest.approx(second, abs=1e-6)
+    assert shifts([1.42, 1.42, 1, 1, 1], "params") == pytest.approx(first, abs=1e-6)  # 1.42 ** 2 > 8 / 4
 
 
 def test_gates_of_branches_and_choices_begin_as_usual():
