@@ -137,9 +137,12 @@ def test_settings_reach_what_they_are_of(tmp_path: Path, monkeypatch: pytest.Mon
     assert seen["spread_gates"][0][1] == 0.4
     assert seen["distilled"][1] == {"weight": 0.3, "temperature": 2.0}
     assert seen["Adam"][1] == {"lr": 0.07}
-    widths = [m.out_channels for m in nas_gate.load(result["path"]).modules() if isinstance(m, nn.Conv2d)]
-    assert widths
-    assert all(width % 4 == 0 for width in widths)
+    small, dense = (
+        {name: m.out_channels for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        for model in (nas_gate.load(result["path"]), models.build("digits_cnn", width=0.25))
+    )
+    assert small != dense
+    assert all(width % 4 == 0 or width == dense[name] for name, width in small.items())
 
 
 def test_gates_begin_by_what_the_trained_network_feels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
