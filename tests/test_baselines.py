@@ -43,6 +43,10 @@ def test_uniform_is_the_place_in_the_group_by_l1():
     assert scores == pytest.approx([3 / 4, 1 / 4, 5 / 6, 1 / 6, 3 / 6])  # of equal units the first counts more
 
 
+WITHIN = (1 / 4, -1 / 4, 2 / 6, -2 / 6, 0)
+"""The places of the units of `network()` in their groups by l1, from the middle."""
+
+
 def test_gates_begin_in_the_order_of_l1_around_the_usual_start():
     gated = nas_gate.attach(network(), torch.randn(1, 2))
     nas_gate.spread_gates(gated, 0.6)
@@ -54,9 +58,6 @@ def test_gates_begin_in_the_order_of_l1_around_the_usual_start():
             nas_gate.spread_gates(gated, spread)
     nas_gate.spread_gates(gated, 0.0, torch.rand(5))
     assert gated.gates.weight.tolist() == [0.5] * 5
-
-
-WITHIN = (1 / 4, -1 / 4, 2 / 6, -2 / 6, 0)
 
 
 def test_groups_begin_in_the_order_of_what_the_loss_feels_per_cost():
