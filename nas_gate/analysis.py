@@ -124,7 +124,7 @@ def _with_least(model: nn.Module, structure: Structure, args: tuple[Any, ...], k
         group = next((g for g in blamed if mends(_leaving(structure, g, g.size), error)), None)
         if group is None or group.least == group.size:
             break
-        least = group.least
+        least = min(2 * group.least, group.size)  # as many as it has do not mend it: they make the error
         while least < group.size and not mends(_leaving(structure, group, least), error):
             least = min(2 * least, group.size)
         structure = _leaving(structure, group, least)
