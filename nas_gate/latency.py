@@ -147,7 +147,7 @@ def not_followed(latencies: Sequence[Latency], macs_ratio: float, pad_to: int = 
     """A sentence for every latency that fell by less than half of what MACs did, and one of advice where there is any.
 
     ONNX Runtime lays channels out in blocks of 8 (AVX2) or 16 (AVX-512, Arm), and only where their count is a multiple
-    (its NCHWc transformer); other convolutions take two to four times as long per MAC.
+    (its NCHWc transformer); other convolutions take several times as long per MAC.
     """
     slow = [each for each in latencies if macs_ratio < 1 and each.ratio > macs_ratio + (1 - macs_ratio) / 2]
     padding = "export with --pad-to 8 (the same function), or " if pad_to == 1 else ""
