@@ -146,13 +146,15 @@ def take_turns(functions: Sequence[Callable[[], Any]]) -> list[list[float]]:
 def not_followed(latencies: Sequence[Latency], macs_ratio: float, pad_to: int = 1) -> tuple[str, ...]:
     """A sentence for every latency that fell by less than half of what MACs did, and one of advice where there is any.
 
-    ONNX Runtime lays channels out in blocks of 8 (AVX2) or 16 (AVX-512, Arm), and only where their count is a multiple
-    (its NCHWc transformer); other convolutions take several times as long per MAC.
+    ONNX Runtime lays channels out in blocks of 8 (AVX2) or 16 (AVX-512, Arm) and fills the last block up, but not where
+    an input has more channels than a block and no multiple of 4 (its NCHWc transformer, version 1.32): convolutions of
+    such take several times as long per MAC.
     """
     slow = [each for each in latencies if macs_ratio < 1 and each.ratio > macs_ratio + (1 - macs_ratio) / 2]
     padding = "export with --pad-to 8 (the same function), or " if pad_to == 1 else ""
     advice = (
-        f"ONNX Runtime is quickest where channels are multiples of 8 (16 with AVX-512): {padding}search with round_to=8"
+        "ONNX Runtime is quickest where channels are multiples of 8 (16 is better with AVX-512): "
+        f"{padding}search with round_to=8"
     )
     return (
         *(

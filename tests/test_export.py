@@ -430,11 +430,11 @@ def test_a_warning_where_less_than_half_of_the_saving_arrived():
         "the MACs",
         "latency did not follow MACs: PyTorch, batch 128, 1 thread: 105.0% of the dense latency, with 40.0% of "
         "the MACs",
-        "ONNX Runtime is quickest where channels are multiples of 8 (16 with AVX-512): export with --pad-to 8 (the "
-        "same function), or search with round_to=8",
+        "ONNX Runtime is quickest where channels are multiples of 8 (16 is better with AVX-512): export with --pad-to "
+        "8 (the same function), or search with round_to=8",
     )
     *_, advice = not_followed([at(0.71, "ONNX Runtime")], 0.4, pad_to=8)
-    assert "multiples of 8 (16 with AVX-512): search with round_to=8" in advice
+    assert "multiples of 8 (16 is better with AVX-512): search with round_to=8" in advice
     assert not_followed([at(1.2)], 1.0) == ()  # nothing was saved
 
 
