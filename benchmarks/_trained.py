@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import _environment
+import pandas as pd
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -18,6 +21,18 @@ from nas_gate.training import distilled, evaluate, fit, optimiser, place
 def example_of(prepared: Prepared) -> Tensor:
     """One example's input, where the networks are."""
     return example_input((prepared.data.in_channels, *prepared.data.image_size)).to(prepared.fabric.device)
+
+
+def rows_of(table: Path) -> list[dict[str, Any]]:
+    """The lines of a CSV; none where there is no file yet."""
+    return [dict(row) for row in pd.read_csv(table).to_dict("records")] if table.exists() else []
+
+
+def write_rows(rows: Sequence[dict[str, Any]], table: Path, overrides: Sequence[str]) -> None:
+    """The lines into a CSV, and beside it what they depend on into a JSON file."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(table, index=False)
+    _environment.write(table.with_suffix(".json"), overrides=overrides)
 
 
 def trained(

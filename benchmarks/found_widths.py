@@ -17,13 +17,10 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import _environment
 import numpy as np
-import pandas as pd
 import torch
-from _trained import example_of, trained
+from _trained import example_of, rows_of, trained, write_rows
 from rich.console import Console
 from torch import Tensor
 
@@ -66,7 +63,7 @@ def main() -> None:
     if not arguments.runs and not arguments.targets:
         parser.error("name --runs or --targets")
     console, settings = Console(), settings_of(composed(arguments.overrides))
-    rows: list[Any] = pd.read_csv(arguments.output).to_dict("records") if arguments.output.exists() else []
+    rows = rows_of(arguments.output)
     prepared = prepare(settings)
     train_dense(settings, prepared, arguments.cache, console)
     cuts = {str(run): partial(widths_of, run, prepared) for run in arguments.runs}
@@ -79,9 +76,7 @@ def main() -> None:
         checkpoint = arguments.work / f"{file_name('-'.join(map(str, key)))}.pt"
         row = trained(small, settings, prepared, checkpoint, console)
         rows.append({"widths_of": name, "seed": settings.seed} | row)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).to_csv(arguments.output, index=False)
-        _environment.write(arguments.output.with_suffix(".json"), overrides=arguments.overrides)
+        write_rows(rows, arguments.output, arguments.overrides)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,10 @@ from __future__ import annotations
 import argparse
 import copy
 from pathlib import Path
-from typing import Any
 
-import _environment
-import pandas as pd
 import torch
 import torch_pruning
-from _trained import example_of, trained
+from _trained import example_of, rows_of, trained, write_rows
 from rich.console import Console
 from torch import nn
 
@@ -67,7 +64,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as in nas-gate search")
     arguments = parser.parse_intermixed_args()
     console = Console()
-    rows: list[Any] = pd.read_csv(arguments.output).to_dict("records") if arguments.output.exists() else []
+    rows = rows_of(arguments.output)
     done = {(row["target"], row["seed"]) for row in rows}
     for seed in arguments.seeds:
         settings = settings_of(composed([*arguments.overrides, f"seed={seed}"]))
@@ -81,9 +78,7 @@ def main() -> None:
             checkpoint = arguments.work / f"seed{seed}-{target}.pt"
             row = {"method": "torch_pruning", "target": target, "seed": seed}
             rows.append(row | trained(small, settings, prepared, checkpoint, console))
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            pd.DataFrame(rows).to_csv(arguments.output, index=False)
-            _environment.write(arguments.output.with_suffix(".json"), overrides=arguments.overrides)
+            write_rows(rows, arguments.output, arguments.overrides)
 
 
 if __name__ == "__main__":
