@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def describe(**more: Any) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{n: _version(n) for n in PACKAGES}},
         "commit": _commit(),
         "command": shlex.join(["python", *(_shown(a) for a in sys.argv)]),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         **more,
     }
 

@@ -291,7 +291,7 @@ def seed_means(table: pd.DataFrame, cost: str = "macs", quality: Quality = ACCUR
     numbered[SEEDS] = numbered.groupby(keys, dropna=False)["seed"].transform("nunique")
     repeated = numbered[numbered[SEEDS] > 1].drop_duplicates([*keys, "seed"])
     means = repeated.groupby(keys, dropna=False)[figures].transform("mean")
-    repeated = repeated.assign(**{name: means[name] for name in means}).drop_duplicates(keys)
+    repeated = repeated.assign(**{name: means[name] for name in figures}).drop_duplicates(keys)
     result: pd.DataFrame = pd.concat([numbered[numbered[SEEDS] <= 1], repeated])
     return result
 
@@ -309,7 +309,7 @@ def repeats(table: pd.DataFrame, quality: Quality = ACCURACY) -> pd.DataFrame:
     figures = [c for c in (quality.name, quality.test, "macs", "params", "latency_ms") if c in table.columns]
     numbers = finished.assign(**{name: column(finished, name) for name in figures})
     groups = numbers.groupby(keys, sort=False, dropna=False)
-    parts = [groups.size().rename("count")]
+    parts: list[Any] = [groups.size().rename("count")]
     for name in figures:
         parts += [groups[name].mean().rename(f"{name}_mean"), groups[name].std(ddof=1).rename(f"{name}_std")]
     spread: pd.DataFrame = pd.concat(parts, axis=1).reset_index()

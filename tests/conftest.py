@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,6 @@ def has_compiler() -> bool:
 
 
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
-
-
-collect_ignore = [] if sys.version_info >= (3, 11) else ["test_places.py"]  # before, code does not know its columns
 
 
 def _required(report: Any) -> Any:

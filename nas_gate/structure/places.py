@@ -83,18 +83,15 @@ def _text(code: CodeType, instruction: int) -> str:
 
     Of equal ones in the same code the second is marked ~1, and so on.
     """
-    positions = _positions(code)
-    if not positions:
-        return ""
-    text, last = _expressions(code)[positions[instruction // 2]]
+    text, last = _expressions(code)[_positions(code)[instruction // 2]]
     which = _equal_ones(code)[text].index(last)
     return f"{text}~{which}" if text and which else text
 
 
 @cache
 def _positions(code: CodeType) -> list[Position]:
-    """By instruction; none in Python 3.10, which does not know columns."""
-    return list(getattr(code, "co_positions", tuple)())
+    """By instruction."""
+    return list(code.co_positions())
 
 
 @cache

@@ -1103,6 +1103,10 @@ def _table() -> dict[Any, Rule]:
         "hardtanh_",
         "nan_to_num",
         "rrelu_with_noise",
+        "leaky_relu",
+        "leaky_relu_",
+        "elu",
+        "elu_",
     )
     add(divide, "div", "div_")
     add(same, "clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "to", "_conj", "detach_")
