@@ -6,6 +6,10 @@ and differentiable almost everywhere. Two whole networks, the dense one and the 
 for what operations lose when they follow one another (cold caches), `overhead` per operation for what surrounds them.
 Both networks have the first candidate of every choice; what runs inside another one counts where that one is chosen.
 Measured values are noisy, but a wider network is never predicted to be faster: see `isotone`.
+
+Latency has steps, where a kernel computes blocks of channels: one unit less spares nothing there, though a block less
+would. So the gradient is not that of the latency but that of its lower convex hull along every width: what a unit
+spares on the way to the next step that pays.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from typing import Any
@@ -88,6 +92,7 @@ class LatencyModel(nn.Module):
     _weights: Tensor
     _points: Tensor
     _ms: Tensor
+    _hull_ms: Tensor
     _needs: Tensor
 
     def __init__(self, table: LatencyTable) -> None:
@@ -100,20 +105,22 @@ class LatencyModel(nn.Module):
         # an axis that an operation lacks, or has fewer points of, goes on with points at which nothing changes
         points = np.tile(np.arange(count, dtype=float), (operations, degree, 1))
         ms = np.zeros((operations, *([count] * degree)))
+        hull_ms = np.zeros_like(ms)
         longest = max((len(operation.needs) for operation in table.operations), default=0)
         needs = np.full((operations, max(1, longest)), groups)  # beyond the groups stands what is always there
         for row, operation in enumerate(table.operations):
             grid = table.grids[operation.name]
             values = isotone(np.array(grid.ms).reshape([len(p) for p in grid.points]))
-            values = values.reshape([*values.shape, *([1] * (degree - values.ndim))])
-            ms[row] = np.pad(values, [(0, count - n) for n in values.shape], mode="edge")
+            for array, of in ((ms, values), (hull_ms, lower_hull(values, grid.points))):
+                of = of.reshape([*of.shape, *([1] * (degree - of.ndim))])
+                array[row] = np.pad(of, [(0, count - n) for n in of.shape], mode="edge")
             for d, (axis, at) in enumerate(zip(operation.widths, grid.points)):
                 points[row, d] = [*at, *(at[-1] + 1 + i for i in range(count - len(at)))]
                 fixed[row, d] = axis.fixed
                 for group, n in axis.groups:
                     weights[row, d, group] = n
             needs[row, : len(operation.needs)] = list(operation.needs)
-        arrays = {"fixed": fixed, "weights": weights, "points": points, "ms": ms, "needs": needs}
+        arrays = {"fixed": fixed, "weights": weights, "points": points, "ms": ms, "hull_ms": hull_ms, "needs": needs}
         for name, array in arrays.items():
             self.register_buffer(f"_{name}", torch.from_numpy(array), persistent=False)
         whole = torch.tensor(list(table.groups.values()), dtype=torch.float64, device="cpu")
@@ -139,7 +146,12 @@ class LatencyModel(nn.Module):
         return reduce(torch.mul, there[self._needs].unbind(1))  # as in `CostModel.of_counts`
 
     def _alone(self, open_units: Tensor) -> Tensor:
-        """Interpolated milliseconds of every operation by itself, shape (operations,)."""
+        """Interpolated milliseconds of every operation by itself, shape (operations,); the gradient is the hull's."""
+        hull = self._interpolated(open_units, self._hull_ms)
+        return self._interpolated(open_units, self._ms).detach() + (hull - hull.detach())
+
+    def _interpolated(self, open_units: Tensor, ms: Tensor) -> Tensor:
+        """Values of every operation at its widths, shape (operations,); `ms` has those at the grid."""
         widths = self._weights @ open_units + self._fixed
         count = self._points.shape[-1]
         below = torch.searchsorted(self._points, widths.detach().unsqueeze(-1)) - 1
@@ -154,7 +166,7 @@ class LatencyModel(nn.Module):
             for d, side in enumerate(corner):
                 share = share * (part[:, d] if side else 1 - part[:, d])
             place = (rows, *(index[:, d] + side for d, side in enumerate(corner)))
-            result = result + share * self._ms[place]
+            result = result + share * ms[place]
         return result
 
 
@@ -169,6 +181,22 @@ def isotone(values: Floats) -> Floats:
         below = np.flip(np.minimum.accumulate(np.flip(below, axis), axis), axis)
     result: Floats = (above + below) / 2
     return result
+
+
+def lower_hull(values: Floats, points: Sequence[Sequence[int]]) -> Floats:
+    """Lower convex hulls along the first axis, of those along the next one, and so on, shape as `values`.
+
+    `points` are the places of the values along every axis. Values that rise along an axis still do.
+    """
+    for axis, at in enumerate(points):
+        x = np.asarray(at, dtype=float)
+        v = np.moveaxis(values, axis, -1)
+        lowest = v.copy()
+        for i, k, j in itertools.combinations(range(len(x)), 3):  # the chord over k from i to j
+            part = (x[k] - x[i]) / (x[j] - x[i])
+            lowest[..., k] = np.minimum(lowest[..., k], (1 - part) * v[..., i] + part * v[..., j])
+        values = np.moveaxis(lowest, -1, axis)
+    return values
 
 
 def to_json(table: LatencyTable) -> str:

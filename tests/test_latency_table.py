@@ -16,7 +16,7 @@ from torch import nn
 import nas_gate
 from nas_gate import landing
 from nas_gate.cost import CostModel
-from nas_gate.latency_table import Grid, LatencyModel, LatencyTable, Operation, from_json, isotone, to_json
+from nas_gate.latency_table import Grid, LatencyModel, LatencyTable, Operation, from_json, isotone, lower_hull, to_json
 from nas_gate.operations import POINTS, read
 from nas_gate.structure import Axis
 
@@ -133,7 +133,9 @@ def test_a_network_at_grid_points(gated: nas_gate.GatedModel) -> None:
         assert float(gated.cost.of_counts(torch.tensor(counts).double(), "latency_ms")) == pytest.approx(expected)
 
 
-def test_gradient_equals_finite_differences(gated: nas_gate.GatedModel) -> None:
+def test_gradient_equals_finite_differences_where_latency_is_convex() -> None:
+    gated = nas_gate.attach(small(), torch.randn(1, 3, 4, 4))
+    gated.add_latency(synthetic(gated, power=1.3))
     random = torch.Generator().manual_seed(0)
     keep = torch.rand(gated.structure.units, dtype=torch.float64, generator=random).requires_grad_()
     assert torch.autograd.gradcheck(lambda k: gated.cost(k, "latency_ms"), keep)
@@ -141,6 +143,58 @@ def test_gradient_equals_finite_differences(gated: nas_gate.GatedModel) -> None:
     gated.cost(keep, "latency_ms").backward()
     assert keep.grad is not None
     assert (keep.grad > 0).all()
+
+
+STEPS = LatencyTable(
+    identity={},
+    groups={"x": 32},
+    operations=(Operation("steps", (X,)),),
+    grids={"steps": Grid(((1, 8, 16, 24, 32),), (1.0, 8.0, 8.0, 16.0, 16.0))},
+    dense_ms=16.0,
+    thinnest_ms=1.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected", "spared"),
+    [
+        (32, 16.0, 0.5),  # 24 spares nothing, 16 half
+        (28, 16.0, 0.5),
+        (20, 12.0, 0.5),
+        (12, 8.0, 7 / 15),  # from 1 to 16: what 8 has lies above
+        (4, 4.0, 7 / 15),
+    ],
+)
+def test_the_gradient_sees_over_steps(width: float, expected: float, spared: float) -> None:
+    """The latency itself stays what was measured."""
+    count = torch.tensor([float(width)], dtype=torch.float64, requires_grad=True)
+    latency = LatencyModel(STEPS)(count)
+    latency.backward()
+    assert latency.item() == pytest.approx(expected)
+    assert count.grad is not None
+    assert count.grad.item() == pytest.approx(spared)
+
+
+@settings(deadline=None)
+@given(arrays(float, (4, 5), elements=st.floats(0, 100)))
+def test_the_hull_is_convex_below_and_rises(values: np.ndarray) -> None:
+    points = ((1, 3, 4, 9), (1, 2, 8, 9, 16))
+    values = isotone(values)
+    hull = lower_hull(values, points)
+    assert (hull <= values + 1e-9).all()
+    assert (np.diff(hull, axis=0) >= -1e-9).all()
+    assert (np.diff(hull, axis=1) >= -1e-9).all()
+    assert (np.diff(np.diff(hull, axis=1) / np.diff(points[1]), axis=1) >= -1e-9).all()
+
+
+@settings(deadline=None)
+@given(arrays(float, 5, elements=st.floats(0, 100)))
+def test_the_hull_is_the_second_conjugate(values: np.ndarray) -> None:
+    """Legendre and Fenchel: the highest of the lines below, whose slopes are those between two points."""
+    x = np.array([1, 2, 8, 9, 16])
+    slopes = [(values[j] - values[i]) / (x[j] - x[i]) for i, j in itertools.combinations(range(5), 2)]
+    highest = np.max([[min(values + slope * (at - x)) for at in x] for slope in slopes], axis=0)
+    assert lower_hull(values, (tuple(x),)) == pytest.approx(highest, abs=1e-6)
 
 
 @settings(deadline=None, max_examples=40)
