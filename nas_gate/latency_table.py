@@ -92,7 +92,6 @@ class LatencyModel(nn.Module):
     _weights: Tensor
     _points: Tensor
     _ms: Tensor
-    _hull_ms: Tensor
     _needs: Tensor
 
     def __init__(self, table: LatencyTable) -> None:
@@ -104,23 +103,22 @@ class LatencyModel(nn.Module):
         weights = np.zeros((operations, degree, groups))
         # an axis that an operation lacks, or has fewer points of, goes on with points at which nothing changes
         points = np.tile(np.arange(count, dtype=float), (operations, degree, 1))
-        ms = np.zeros((operations, *([count] * degree)))
-        hull_ms = np.zeros_like(ms)
+        ms = np.zeros((operations, *([count] * degree), 2))  # the latency, and its hull
         longest = max((len(operation.needs) for operation in table.operations), default=0)
         needs = np.full((operations, max(1, longest)), groups)  # beyond the groups stands what is always there
         for row, operation in enumerate(table.operations):
             grid = table.grids[operation.name]
             values = isotone(np.array(grid.ms).reshape([len(p) for p in grid.points]))
-            for array, of in ((ms, values), (hull_ms, lower_hull(values, grid.points))):
-                of = of.reshape([*of.shape, *([1] * (degree - of.ndim))])
-                array[row] = np.pad(of, [(0, count - n) for n in of.shape], mode="edge")
+            shape = [*values.shape, *([1] * (degree - values.ndim))]
+            both = np.stack([values, lower_hull(values, grid.points)], axis=-1).reshape([*shape, 2])
+            ms[row] = np.pad(both, [*((0, count - n) for n in shape), (0, 0)], mode="edge")
             for d, (axis, at) in enumerate(zip(operation.widths, grid.points)):
                 points[row, d] = [*at, *(at[-1] + 1 + i for i in range(count - len(at)))]
                 fixed[row, d] = axis.fixed
                 for group, n in axis.groups:
                     weights[row, d, group] = n
             needs[row, : len(operation.needs)] = list(operation.needs)
-        arrays = {"fixed": fixed, "weights": weights, "points": points, "ms": ms, "hull_ms": hull_ms, "needs": needs}
+        arrays = {"fixed": fixed, "weights": weights, "points": points, "ms": ms, "needs": needs}
         for name, array in arrays.items():
             self.register_buffer(f"_{name}", torch.from_numpy(array), persistent=False)
         whole = torch.tensor(list(table.groups.values()), dtype=torch.float64, device="cpu")
@@ -147,11 +145,6 @@ class LatencyModel(nn.Module):
 
     def _alone(self, open_units: Tensor) -> Tensor:
         """Interpolated milliseconds of every operation by itself, shape (operations,); the gradient is the hull's."""
-        hull = self._interpolated(open_units, self._hull_ms)
-        return self._interpolated(open_units, self._ms).detach() + (hull - hull.detach())
-
-    def _interpolated(self, open_units: Tensor, ms: Tensor) -> Tensor:
-        """Values of every operation at its widths, shape (operations,); `ms` has those at the grid."""
         widths = self._weights @ open_units + self._fixed
         count = self._points.shape[-1]
         below = torch.searchsorted(self._points, widths.detach().unsqueeze(-1)) - 1
@@ -160,14 +153,15 @@ class LatencyModel(nn.Module):
         part = ((widths - low) / (high - low)).clamp(min=0)
         index = below.squeeze(-1)
         rows = torch.arange(len(index), device=index.device)
-        result = open_units.new_zeros(len(index))
+        result = open_units.new_zeros(len(index), 2)
         for corner in itertools.product((0, 1), repeat=index.shape[1]):
             share = open_units.new_ones(len(index))
             for d, side in enumerate(corner):
                 share = share * (part[:, d] if side else 1 - part[:, d])
             place = (rows, *(index[:, d] + side for d, side in enumerate(corner)))
-            result = result + share * ms[place]
-        return result
+            result = result + share.unsqueeze(-1) * self._ms[place]
+        latency, hull = result.unbind(-1)
+        return latency.detach() + (hull - hull.detach())
 
 
 def isotone(values: Floats) -> Floats:
